@@ -1,0 +1,21 @@
+"""What is measured during a fit, and who stops and shows it."""
+
+from dlnlab.callbacks.base import Measurement
+from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.member_guard import MemberGuard
+from dlnlab.callbacks.norms import PredictorNorm
+from dlnlab.callbacks.progress import MemberProgress
+from dlnlab.callbacks.recovery import SupportRecovery
+from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.recorder import Recorder
+
+__all__ = [
+    "GainTracker",
+    "Measurement",
+    "MemberGuard",
+    "MemberProgress",
+    "PredictorNorm",
+    "Recorder",
+    "RunCheckpoint",
+    "SupportRecovery",
+]

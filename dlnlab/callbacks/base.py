@@ -1,0 +1,136 @@
+"""Measurement: what every measured quantity promises.
+
+A subclass writes `measure(model, batch)`, which returns one value per member for each name it measures:
+
+    class MaxEntry(Measurement):
+        def measure(self, model, batch):
+            return {"max_entry": model.predictor().abs().amax(-1)}
+
+It inherits the schedule (in true optimizer steps; without one of its own it follows the recorder's), no-grad
+discipline, and recording: under the recorder the values go to the results and to TensorBoard, without one their median
+over members goes to the trainer's loggers.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from dlnlab.models import LinearNetwork
+from dlnlab.recorder import TAGS, Recorder
+from dlnlab.schedule import Schedule
+
+
+class Measurement(Callback):
+    """Measures something of a model at scheduled optimizer steps.
+
+    Args:
+        every_n_steps: A period in optimizer steps.
+        at: A list of steps in the forms of `record.at`.
+
+    Raises:
+        ValueError: If both are given or one is no schedule.
+    """
+
+    dims: dict[str, list[str]] = {}
+    """Names of trailing dimensions, where they are not `coordinate` or `row` and `column`."""
+
+    def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
+        if every_n_steps is not None and at is not None:
+            raise ValueError(f"{type(self).__name__}: give every_n_steps or at, not both")
+        self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at)
+        self._last_step = -1
+        self._finished = False
+
+    def measure(self, model: LightningModule, batch: Any) -> dict[str, Tensor]:
+        """Measure the model as it is now.
+
+        Args:
+            model: The model being trained.
+            batch: The full training batch of a `LinearNetwork`; for any other module the batch it last trained on.
+
+        Returns:
+            name -> one entry per member, (E, ...).
+        """
+        raise NotImplementedError
+
+    def check(self, model: LightningModule) -> None:
+        """Raise ValueError if this cannot be measured on the model; called once it is set up, before the fit."""
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check, and take the recorder's schedule where there is none of its own."""
+        if self.schedule is None:
+            recorder = _recorder_of(trainer)
+            if recorder is None:
+                raise ValueError(f"{type(self).__name__}: give every_n_steps or at, there is no recorder to follow")
+            self.schedule = recorder.schedule
+        self.check(module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepare, where `prepare` was not called before."""
+        recorder = _recorder_of(trainer)
+        if recorder is not None and recorder.schedule is None:
+            recorder.prepare(trainer, pl_module)
+        self.prepare(trainer, pl_module)
+
+    def next_event(self, step: int) -> int | None:
+        """The next step at which this wants to look."""
+        return self.schedule.next_after(step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure step 0."""
+        self._finished = False
+        if trainer.global_step == 0 and isinstance(pl_module, LinearNetwork):
+            pl_module.begin(0)
+            self._measure(trainer, pl_module, None)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+        """Measure where the schedule says so."""
+        del outputs
+        if trainer.global_step in self.schedule:
+            self._measure(trainer, pl_module, batch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the last step."""
+        self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where a resumed fit had no step left to take."""
+        if not self._finished:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        self._finished = True
+        if trainer.global_step > self._last_step and isinstance(module, LinearNetwork):
+            self._measure(trainer, module, None, final=True)
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, final: bool = False) -> None:
+        step = trainer.global_step
+        if not final:
+            self._last_step = step
+        if isinstance(module, LinearNetwork):
+            batch = module.full_batch()
+        values = {name: value.detach().clone() for name, value in self.measure(module, batch).items()}
+        recorder = _recorder_of(trainer)
+        if recorder is not None:
+            recorder.record(step, values, self.dims, final)
+            return
+        medians = {TAGS.get(name, f"measured/{name}"): float(value.double().median())
+                   for name, value in values.items() if value.ndim == 1}  # fmt: skip
+        for logger in trainer.loggers:
+            logger.log_metrics(medians, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last measured step."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self._last_step = state_dict["last_step"]
+
+
+def _recorder_of(trainer: Trainer) -> Recorder | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Recorder)), None)

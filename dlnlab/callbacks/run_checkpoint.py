@@ -1,0 +1,44 @@
+"""RunCheckpoint: Lightning's ModelCheckpoint with the periods a run wants."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+_PARTS = 20
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Checkpoints every max_steps/20 steps and at the end, with `last.ckpt`; none is removed.
+
+    Args:
+        every_n_train_steps: A period in optimizer steps; None is max_steps/20, rounded up to the guard's grid.
+        grid: The guard's period.
+        **kwargs: Those of ModelCheckpoint.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None, grid: int = 1, **kwargs: Any) -> None:
+        defaults = {"save_top_k": -1, "save_last": True, "filename": "{step}"}
+        super().__init__(every_n_train_steps=every_n_train_steps or 1, **(defaults | kwargs))
+        self._given = every_n_train_steps
+        self._grid = grid
+
+    @property
+    def state_key(self) -> str:
+        """Without the period, which may differ in a resumed run that goes further."""
+        return "RunCheckpoint"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the period, now that max_steps is known."""
+        if self._given is None:
+            self._every_n_train_steps = self._grid * math.ceil(max(trainer.max_steps, 1) / _PARTS / self._grid)
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end, where it was not just saved."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step != self._last_global_step_saved:
+            for name in (f"step={trainer.global_step}", self.CHECKPOINT_NAME_LAST):
+                trainer.save_checkpoint(Path(self.dirpath) / f"{name}{self.FILE_EXTENSION}")

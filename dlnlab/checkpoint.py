@@ -1,0 +1,68 @@
+"""The atomic, checksummed CheckpointIO."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from dlnlab.files import DamagedFileError, read_verified, write_atomic
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints that are whole: checksummed, renamed into place, the replaced one kept as `X.ckpt.previous`.
+
+    Only tensors and plain containers are ever loaded (`weights_only=True`).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; a full disk or a crash leaves the one before untouched."""
+        del storage_options
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(path, buffer.getvalue(), checksum=True, keep_previous=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; where it is damaged, the one it replaced, with a warning.
+
+        Raises:
+            CheckpointError: If neither is whole.
+        """
+        del weights_only
+        path = Path(path)
+        try:
+            return _load(path, map_location)
+        except CheckpointError as error:
+            previous = path.with_name(path.name + ".previous")
+            if not previous.exists():
+                raise
+            checkpoint = _load(previous, map_location)
+            warnings.warn(f"{error}; using {previous}, step {checkpoint.get('global_step')}, instead", stacklevel=2)
+            return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint and the one it replaced."""
+        path = Path(path)
+        for each in (path, path.with_name(path.name + ".previous")):
+            each.unlink(missing_ok=True)
+
+
+def _load(path: Path, map_location: Any) -> dict[str, Any]:
+    try:
+        return torch.load(io.BytesIO(read_verified(path)), map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}") from None
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from None
+    except Exception as error:  # what torch raises for contents it refuses differs from version to version
+        raise CheckpointError(f"{path} is no checkpoint of dlnlab: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,213 @@
+"""SyntheticData: what every data set of dlnlab promises.
+
+A subclass writes `sample(stream, values)`, which draws one problem from the streams of one seed; `values` are the data
+axes of that problem. It inherits the rest: members of one seed and equal data axes share one problem (`data_index`),
+the last `num_test_samples` rows of a problem are its test set, everything is drawn on the trainer's device and lies
+stacked over problems:
+
+    class Line(SyntheticData):
+        axes = ("slope",)
+
+        def __init__(self, slope: float = 1.0, **kwargs):
+            super().__init__(**kwargs)
+            self.slope = slope
+
+        def sample(self, stream, values):
+            x = stream.normals("inputs", (10 + self.num_test_samples, 2))
+            return x, values["slope"] * x[:, 0], None
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from dlnlab import checks
+from dlnlab.ensemble import Ensemble
+from dlnlab.streams import Stream
+
+
+class Problems(NamedTuple):
+    """P problems, stacked: x (P, N, D), y (P, N) or (P, N, K), teacher (P, D) or (P, K, D) or None, and the test rows."""
+
+    x: Tensor
+    y: Tensor
+    teacher: Tensor | None
+    x_test: Tensor | None
+    y_test: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Problems":
+        """The same problems in another precision."""
+        return Problems(*(None if tensor is None else tensor.to(dtype) for tensor in self))
+
+
+class Ticks:
+    """A loader without an end or a length: every item is the same batch, for the training loop decides when to stop."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return repeat(self.batch)
+
+
+class Once:
+    """A loader of one batch."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.batch
+
+    def __len__(self) -> int:
+        return 1
+
+
+class SyntheticData(LightningDataModule):
+    """Problems drawn per data seed and shared by the members of that seed.
+
+    Args:
+        num_test_samples: Rows of each problem that are kept for the test loss.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ()
+    """The arguments that may be axes of the ensemble; sizes cannot."""
+
+    ensemble: Ensemble | None = None
+    """Set where the model brings none (a plain LightningModule); otherwise the model's is used."""
+
+    def __init__(self, num_test_samples: int = 0) -> None:
+        super().__init__()
+        self.num_test_samples = checks.integer("num_test_samples", num_test_samples)
+        self.problems: Problems | None = None
+        self.data_index: Tensor | None = None
+
+    def sample(self, stream: Stream, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw one problem.
+
+        Args:
+            stream: The random streams of this problem's seed.
+            values: The problem's value of every name in `axes`. They never enter the stream's key, so problems that
+                differ in them share all draws that they do not change.
+
+        Returns:
+            x (N + num_test_samples, D), y (N + num_test_samples,) or (..., K), and the teacher (D,) or (K, D), or None.
+        """
+        raise NotImplementedError
+
+    def check(self, values: dict[str, Any]) -> None:
+        """Raise ValueError if a problem with these values cannot be drawn; called for all before the first is drawn."""
+
+    def bytes_per_problem(self) -> int | None:
+        """Memory one problem needs, if it is known before it is drawn."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw all problems of the ensemble, once."""
+        del stage
+        if self.problems is not None:
+            return
+        ensemble = self._ensemble()
+        ensemble.data_axes = tuple(name for name in self.axes if name in ensemble.axes)
+        self.data_index, combinations = ensemble.group(("seed", *ensemble.data_axes))
+        values = [{name: combo.get(name, getattr(self, name)) for name in self.axes} for combo in combinations]
+        for one in values:
+            self.check(one)
+        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+        self._check_memory(len(combinations), device)
+        rows = [
+            self._draw(Stream(ensemble.root, combo.get("seed", 0), device), one)
+            for combo, one in zip(combinations, values, strict=True)
+        ]
+        shapes = {tuple(None if tensor is None else tuple(tensor.shape) for tensor in row) for row in rows}
+        if len(shapes) > 1:
+            raise ValueError(f"{type(self).__name__}.sample gave problems of different shapes: {sorted(map(str, shapes))}")
+        x, y, teacher = (
+            None if column[0] is None else torch.stack(column) for column in (list(part) for part in zip(*rows, strict=True))
+        )
+        train = x.shape[1] - self.num_test_samples
+        has_test = self.num_test_samples > 0
+        self.problems = Problems(
+            x[:, :train].contiguous(),
+            y[:, :train].contiguous(),
+            teacher,
+            x[:, train:].contiguous() if has_test else None,
+            y[:, train:].contiguous() if has_test else None,
+        )
+
+    def _ensemble(self) -> Ensemble:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, "ensemble", None) or self.ensemble or Ensemble()
+
+    def _check_memory(self, count: int, device: torch.device) -> None:
+        each = self.bytes_per_problem()
+        if each is None:
+            return
+        available = free_memory(device)
+        if 2 * count * each > available:  # each problem is drawn, then stacked
+            raise ValueError(
+                f"the data need {2 * count * each:,} bytes ({count} problems of {each:,}, twice while they are stacked) "
+                f"and {device} has {available:,} free: use fewer seeds or smaller sizes"
+            )
+
+    def _draw(self, stream: Stream, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        name = type(self).__name__
+        x, y, teacher = self.sample(stream, values)
+        if x.ndim != 2 or y.ndim not in (1, 2) or len(x) != len(y):
+            raise ValueError(
+                f"{name}.sample must return x of shape (N, D) and y of shape (N,) or (N, K), got {tuple(x.shape)} and "
+                f"{tuple(y.shape)}"
+            )
+        if len(x) <= self.num_test_samples:
+            raise ValueError(
+                f"{name}.sample returned {len(x)} rows, of which num_test_samples = {self.num_test_samples} are the test "
+                "set: none is left to train on"
+            )
+        for part, tensor in (("x", x), ("y", y)):
+            bad = ~torch.isfinite(tensor)
+            if bad.any():
+                row = int(bad.reshape(len(tensor), -1).any(1).nonzero()[0])
+                raise ValueError(f"{name}: {part} has a value that is not finite in row {row}")
+        return x, y, teacher
+
+    def train_dataloader(self) -> Any:
+        """The first problem (x, y), without end; a `LinearNetwork` draws its own batches from all problems."""
+        return Ticks((self.problems.x[0], self.problems.y[0]))
+
+    def val_dataloader(self) -> Any:
+        """The training problems, one batch of one item: all rows, every problem."""
+        return Once((self.problems.x, self.problems.y))
+
+    def test_dataloader(self) -> Any:
+        """The test rows of every problem; the training rows where there are none."""
+        if self.problems.x_test is None:
+            return self.val_dataloader()
+        return Once((self.problems.x_test, self.problems.y_test))
+
+    def predict_dataloader(self) -> Any:
+        """As `test_dataloader`."""
+        return self.test_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Nothing moves: the data are drawn where they are used."""
+        del device, dataloader_idx
+        return batch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a device can still hand out (for the CPU, what the system says is available)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf

@@ -1,0 +1,7 @@
+"""Architectures, each trained as an ensemble."""
+
+from dlnlab.models.base import Guard, LinearNetwork
+from dlnlab.models.batch import Batch
+from dlnlab.models.diagonal import DiagonalLinearNetwork
+
+__all__ = ["Batch", "DiagonalLinearNetwork", "Guard", "LinearNetwork"]

@@ -1,0 +1,693 @@
+"""LinearNetwork: what every model of dlnlab promises.
+
+A subclass writes its parameters, each with a leading axis of members, and `predictor()`, what the network computes.
+Whatever sizes are not given come from the data:
+
+    class Cubic(LinearNetwork):                                   # beta = u^3 - v^3
+        def build(self, num_features, num_outputs):
+            self.u = Parameter(torch.full((self.num_members, num_features), 0.5))
+            self.v = Parameter(torch.full((self.num_members, num_features), 0.5))
+
+        def predictor(self):
+            return self.u**3 - self.v**3                          # (E, D)
+
+    class Fixed(LinearNetwork):                                   # the same, its size known beforehand
+        def __init__(self, dim=3, **kwargs):
+            super().__init__(**kwargs)
+            self.u = Parameter(torch.ones(self.num_members, dim))
+
+It inherits everything else: `losses(batch)` -> (G,), mini-batches, the optimizer, true steps, the guard, records,
+checkpoints. It may add `advance_closed_form` where its updates need no autograd (see `DiagonalLinearNetwork`), its own
+hyperparameters as axes (name them in `axes`, read them with `per_member`), and its own variables (`variables`).
+
+**Members never influence each other.** The loss that is differentiated is the sum over members; they share no parameter.
+
+**The unit of time is the optimizer step.** One `training_step` takes a chunk of many, ending at the next event any
+callback has announced; `trainer.global_step` is true at every event, and no result depends on where chunks end.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dlnlab import checks, streams
+from dlnlab.data.base import Problems
+from dlnlab.ensemble import Ensemble
+from dlnlab.models.batch import Batch
+from dlnlab.optim import GainSGD
+from dlnlab.schedule import Schedule
+
+RUNNING, CONVERGED, DIVERGED = range(3)
+STATUSES = ("running", "converged", "diverged")
+
+_CHUNK_SECONDS = 0.1
+"""A chunk aims at no more than this, so that Ctrl-C, signals and the progress bar stay prompt."""
+_SAMPLED_STEPS = 64
+"""Mini-batches are drawn this many steps at a time."""
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """When a member stops.
+
+    Args:
+        tol: A member whose full clean data loss is below this has converged; 0 = never, None = 1e-20 (float64) or
+            1e-12 (float32).
+        bound: A member whose loss or a parameter is non-finite or above this has diverged.
+        every_n_steps: Members are checked at steps divisible by this, an absolute grid.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    tol: float | None = None
+    bound: float = 1e10
+    every_n_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.tol is not None:
+            checks.number("guard.tol", self.tol, at_least=0)
+        checks.positive("guard.bound", self.bound)
+        checks.integer("guard.every_n_steps", self.every_n_steps, at_least=1)
+
+
+class LinearNetwork(LightningModule):
+    """A linear network trained as an ensemble.
+
+    Args:
+        ensemble: The members; None is a single one.
+        optimizer: Makes the optimizer from parameter groups; `lr` and `weight_decay` come from the ensemble where it
+            has such axes.
+        batch_size: b, rows per step, or `full` (the whole set, without sampling). May be an axis.
+        sampling: How mini-batches are drawn: `replacement`, `subset` (distinct rows, afresh each step) or `epochs` (a
+            fresh permutation every floor(n/b) steps). May be an axis.
+        label_noise: Standard deviation of fresh noise on each drawn label. May be an axis.
+        lr_unit: What `lr` is multiplied by: `one`, or `max_row`, 1/max_i |x_i|^2 of the member's problem. The product is
+            recorded as `step_size`.
+        dtype: `float64` or `float32`, of parameters and data.
+        max_chunk: Optimizer steps one `training_step` takes at most; None ends a chunk at the next event. Results do
+            not depend on it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "batch_size", "sampling", "label_noise")
+    """The hyperparameters that may be axes of the ensemble. A subclass adds its own."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble | None = None,
+        optimizer: Callable[[Iterable], Optimizer] = GainSGD,
+        batch_size: int | Literal["full"] = "full",
+        sampling: Literal["replacement", "subset", "epochs"] = "replacement",
+        label_noise: float = 0.0,
+        lr_unit: Literal["one", "max_row"] = "one",
+        dtype: Literal["float64", "float32"] = "float64",
+        max_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.ensemble = ensemble if ensemble is not None else Ensemble()
+        self.num_members = self.ensemble.num_members
+        self.make_optimizer = optimizer
+        self.batch_size = batch_size
+        self.sampling = sampling
+        self.label_noise = label_noise
+        self.lr_unit = checks.one_of("lr_unit", lr_unit, LR_UNITS)
+        self.number_type = _DTYPES[checks.one_of("dtype", dtype, _DTYPES)]
+        if max_chunk is not None:
+            checks.integer("max_chunk", max_chunk, at_least=1)
+        self.max_chunk = max_chunk
+        for value in self.per_member("batch_size"):
+            if value != "full":
+                checks.integer("batch_size", value, at_least=1)
+        for value in self.per_member("sampling"):
+            checks.one_of("sampling", value, streams.SAMPLINGS)
+        for value in self.per_member("label_noise"):
+            checks.number("label_noise", value, at_least=0)
+
+        self.register_buffer("status", torch.zeros(self.num_members, dtype=torch.int8))
+        self.register_buffer("stopped_at", torch.full((self.num_members,), -1, dtype=torch.int64))
+        self.guard: Guard | None = None
+        """Set by `MemberGuard`; without it no member is ever stopped."""
+        self.record_schedule: Schedule | None = None
+        """Set by the recorder: the steps at which `record_variables` are taken, inside chunks."""
+        self.record_variables: tuple[str, ...] = ()
+        self.problems: Problems | None = None
+        self._records: list[tuple[int, dict[str, Tensor]]] = []
+        self._kept: dict[str, Tensor] = {}
+        self._optimizer: Optimizer | None = None
+        self._seconds_per_step = 0.0
+        self._sampled: dict[int, tuple[int, Tensor]] = {}
+
+    # What a subclass writes ------------------------------------------------------------------------------------------
+
+    def build(self, num_features: int, num_outputs: int | None) -> None:
+        """Create the parameters, each with a leading axis of members, unless `__init__` has done so.
+
+        Args:
+            num_features: D of the data.
+            num_outputs: K of the data, or None where y is a vector.
+        """
+
+    def predictor(self) -> Tensor:
+        """What the network computes, (E, D) or (E, K, D)."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each member of the batch, 1/(2B) times the sum of squared errors.
+
+        Args:
+            batch: Rows for G members.
+
+        Returns:
+            Losses (G,).
+        """
+        error = batch.predictions(self.predictor()[batch.members]) - batch.targets
+        squares = error.square()
+        return (squares if squares.ndim == 2 else squares.sum(-1)).mean(-1) / 2
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets: torch parameter groups; a group with `form` is a pair of factors (`GainSGD`)."""
+        return [{"params": list(self.parameters())}]
+
+    def advance_closed_form(
+        self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Advance up to k steps without autograd; optional.
+
+        Args:
+            k: Steps to take.
+            record_steps: Those steps in (now, now + k], ascending, at which to record.
+            variables: What to record.
+            guard: When members stop, or None.
+
+        Returns:
+            The steps taken (fewer than k where the last running member stopped at a guard step) and the records, each
+            (T, E, ...) for the T record steps that were reached.
+        """
+        raise NotImplementedError
+
+    def closed_form_refusal(self) -> str | None:
+        """Why the closed form does not apply to this model as it is set up, or None if it does."""
+        order = {cls: i for i, cls in enumerate(type(self).__mro__)}
+        home = {name: next(c for c in order if name in vars(c)) for name in ("advance_closed_form", *_LAW)}
+        if home["advance_closed_form"] is LinearNetwork:
+            return f"{type(self).__name__} has no closed form"
+        changed = [name for name in _LAW if order[home[name]] < order[home["advance_closed_form"]]]
+        if changed:
+            return f"{type(self).__name__} has its own {', '.join(changed)}"
+        if type(self._optimizer) is not GainSGD:
+            return f"the optimizer is {type(self._optimizer).__name__}"
+        return None
+
+    @property
+    def path(self) -> str:
+        """How this model is advanced, and why."""
+        refusal = self.closed_form_refusal()
+        return "closed form" if refusal is None else f"generic (autograd): {refusal}"
+
+    # Hyperparameters --------------------------------------------------------------------------------------------------
+
+    def per_member(self, name: str) -> list[Any]:
+        """One hyperparameter's value for every member: the ensemble's axis, else the constructor's argument."""
+        if name in self.ensemble.axes:
+            return self.ensemble.values(name)
+        return [getattr(self, name)] * self.num_members
+
+    def per_member_tensor(self, name: str) -> Tensor:
+        """The same as a tensor (E,) of the model's dtype, on its device."""
+        return torch.tensor(self.per_member(name), dtype=self.number_type, device=self.device)
+
+    def init_normals(self, *shape: int) -> Tensor:
+        """Standard normal numbers for an initialisation, (E, *shape), each member's from its own seed."""
+        key = streams.keys(self.ensemble.root, "init", self.ensemble.seed)
+        draws = streams.normals(key, torch.tensor([0]), math.prod(shape))[:, 0]
+        return draws.reshape(self.num_members, *shape).to(self.number_type)
+
+    # Setting up -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the data's problems, build what is not yet built, and check that all fits; may be called twice."""
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "problems", None) is None or getattr(data, "data_index", None) is None:
+            raise ValueError(
+                f"{type(self).__name__} trains on a dlnlab data set (a SyntheticData), got "
+                f"{type(data).__name__ if data is not None else 'none'}"
+            )
+        device = self.trainer.strategy.root_device
+        unknown = set(self.ensemble.axes) - {"seed", *self.axes, *data.axes}
+        if unknown:
+            known = sorted({"seed", *self.axes, *data.axes})
+            raise ValueError(f"ensemble.{min(unknown)}: no such axis; the axes here are {', '.join(known)}")
+        self.problems = data.problems.to(self.number_type)
+        self.problem_index = data.data_index.to(device)
+        if not list(self.parameters()):
+            y = self.problems.y
+            with _default_dtype(self.number_type):
+                self.build(self.problems.x.shape[-1], None if y.ndim == 2 else y.shape[-1])
+        self.to(device=device, dtype=self.number_type)
+        self._check_shapes()
+        self._group_members()
+        self.unit = LR_UNITS[self.lr_unit](self.problems)[self.problem_index]
+        if stage == "fit":
+            _refuse_what_manual_optimization_cannot_honour(self.trainer)
+            if self._optimizer is None:
+                self._optimizer = self._build_optimizer()
+
+    def _check_shapes(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.shape[:1] != (self.num_members,):
+                raise ValueError(
+                    f"parameter {name} has shape {tuple(parameter.shape)}: its first axis must be the {self.num_members} "
+                    "members of the ensemble"
+                )
+        shape, features = self.predictor().shape, self.problems.x.shape[-1]
+        if shape[-1] != features:
+            raise ValueError(f"the model's predictor has {shape[-1]} features and the data have {features}")
+
+    def _group_members(self) -> None:
+        """Sort the members by batch size, which decides the shape of what they see."""
+        n = self.problems.x.shape[1]
+        sizes = self.per_member("batch_size")
+        for size in sizes:
+            if size != "full" and size > n:
+                raise ValueError(f"batch_size = {size}: must be at most the number of training samples, {n}")
+        self._rows_per_step = torch.tensor([n if size == "full" else size for size in sizes], device=self.device)
+        sampling, seeds = self.per_member("sampling"), self.ensemble.seed.to(self.device)
+        kinds = [("full" if size == "full" else size, None if size == "full" else kind)
+                 for size, kind in zip(sizes, sampling, strict=True)]  # fmt: skip
+        self._kinds = [
+            (size, kind, torch.tensor([i for i, other in enumerate(kinds) if other == (size, kind)], device=self.device))
+            for size, kind in dict.fromkeys(kinds)
+        ]
+        self._sampling_keys = streams.keys(self.ensemble.root, "sampling", seeds)
+        self._noise_keys = streams.keys(self.ensemble.root, "label_noise", seeds)
+        self._noise_std = self.per_member_tensor("label_noise")
+        self._has_noise = bool((self._noise_std > 0).any())
+
+    def _build_optimizer(self) -> Optimizer:
+        given: dict[str, Any] = {}
+        if "lr" in self.ensemble.axes:
+            given["lr"] = self.ensemble.lr.double().to(self.device)
+        if "weight_decay" in self.ensemble.axes:
+            given["weight_decay"] = self.ensemble.weight_decay.double().to(self.device)
+        try:
+            # Where a factory is a partial of a class, its own `lr` is the one in force.
+            optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(given))
+        except ValueError as error:
+            if "Tensor lr must be 1-element" in str(error):
+                raise ValueError(
+                    "ensemble.lr: this optimizer takes one lr for all members; use GainSGD, which takes one per member"
+                ) from error
+            raise
+        per_member = getattr(optimizer, "per_member", ())
+        scaled = bool((self.unit != 1).any())
+        for group in optimizer.param_groups:
+            if scaled:
+                if "lr" not in per_member:
+                    raise ValueError(f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members")
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device) * self.unit.double()
+        for name in given:
+            if name not in per_member and len(set(given[name].tolist())) > 1:
+                raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
+        return optimizer
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer `setup` has made and checked."""
+        return self._optimizer
+
+    @property
+    def step_size(self) -> Tensor:
+        """lr times its unit, (E,); NaN where the optimizer has no lr."""
+        lr = self._optimizer.param_groups[0].get("lr", math.nan)
+        return torch.as_tensor(lr, dtype=torch.float64).expand(self.num_members)
+
+    # Batches ----------------------------------------------------------------------------------------------------------
+
+    def full_batch(self, members: Tensor | None = None, test: bool = False) -> Batch:
+        """All training rows (or test rows) for some members, all of them by default."""
+        if members is None:
+            members = torch.arange(self.num_members, device=self.device)
+        x, y = (self.problems.x_test, self.problems.y_test) if test else (self.problems.x, self.problems.y)
+        return Batch(x, y, members, self.problem_index[members])
+
+    def sampled_rows(self, size: int, sampling: str, members: Tensor, step: int) -> Tensor:
+        """The rows that members draw at one step, int64 (G, size)."""
+        index = next(i for i, (s, kind, _) in enumerate(self._kinds) if (s, kind) == (size, sampling))
+        block = step // _SAMPLED_STEPS
+        cached = self._sampled.get(index)
+        if cached is None or cached[0] != block:
+            start = block * _SAMPLED_STEPS
+            everyone = self._kinds[index][2]
+            # Members of one seed draw the same rows.
+            unique, seed_of = torch.unique(self._sampling_keys[everyone], dim=0, return_inverse=True)
+            rows = streams.sample(sampling, unique, start, start + _SAMPLED_STEPS, size, self.problems.x.shape[1])
+            where = torch.full((self.num_members,), -1, device=self.device)
+            where[everyone] = seed_of
+            cached = self._sampled[index] = (block, rows, where)
+        _, rows, where = cached
+        return rows[:, step - block * _SAMPLED_STEPS][where[members]]
+
+    def label_noise_at(self, step: int, members: Tensor, count: int) -> Tensor | None:
+        """Fresh noise for the labels that members draw at one step, (G, count[, K]); None without label noise."""
+        if not self._has_noise:
+            return None
+        outputs = self.problems.y.shape[2:]
+        steps = torch.tensor([step], device=self.device)
+        draws = streams.normals(self._noise_keys[members], steps, count * math.prod(outputs))[:, 0]
+        draws = draws.to(self.number_type).reshape(len(members), count, *outputs)
+        return draws * self._noise_std[members].view(-1, *[1] * (draws.ndim - 1))
+
+    def batches(self, step: int, members: Tensor | None = None) -> list[Batch]:
+        """What members (all by default) see at one step: one batch for each batch size and sampling."""
+        found = []
+        for size, sampling, everyone in self._kinds:
+            group = everyone if members is None else everyone[torch.isin(everyone, members)]
+            if len(group) == 0:
+                continue
+            problem = self.problem_index[group]
+            if size == "full":
+                noise = self.label_noise_at(step, group, self.problems.x.shape[1])
+                found.append(Batch(self.problems.x, self.problems.y, group, problem, noise))
+            else:
+                rows = self.sampled_rows(size, sampling, group, step)
+                noise = self.label_noise_at(step, group, size)
+                x, y = self.problems.x[problem[:, None], rows], self.problems.y[problem[:, None], rows]
+                found.append(Batch(x, y, group, None, noise))
+        return found
+
+    # Chunks -----------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Take a chunk of optimizer steps, up to the next event."""
+        del batch, batch_idx
+        step = self.trainer.global_step
+        began = time.perf_counter()
+        taken = self.advance(step, self._next_event(step) - step)
+        self._seconds_per_step = (time.perf_counter() - began) / max(taken, 1)
+        _count_steps(self.trainer, taken)
+
+    def _next_event(self, step: int) -> int:
+        """The first step after `step` at which someone wants to look."""
+        trainer = self.trainer
+        events = [trainer.max_steps] if trainer.max_steps > 0 else [step + 1]
+        for callback in trainer.callbacks:
+            events.append(_next_event_of(callback, step))
+        if trainer.loggers and trainer.log_every_n_steps:
+            events.append(step - step % trainer.log_every_n_steps + trainer.log_every_n_steps)
+        end = min(event for event in events if event is not None)
+        if self.max_chunk is not None:
+            return min(end, step + self.max_chunk)
+        if self._seconds_per_step > 0:
+            end = min(end, step + max(1, round(_CHUNK_SECONDS / self._seconds_per_step)))
+        else:
+            end = min(end, step + 10)  # the first chunk measures how long a step takes
+        return end
+
+    def advance(self, step: int, k: int) -> int:
+        """Take up to k steps from `step`; fewer where the last running member stops.
+
+        Returns:
+            The number of steps taken.
+        """
+        schedule = self.record_schedule
+        record_steps = schedule.between(step, step + k) if schedule is not None else []
+        if self.closed_form_refusal() is None:
+            with torch.no_grad():
+                taken, records = self.advance_closed_form(k, record_steps, self.record_variables, self.guard)
+        else:
+            taken, records = self._advance_generic(step, k, record_steps)
+        reached = [s for s in record_steps if s <= step + taken]
+        for i, at in enumerate(reached):
+            self._records.append((at, {name: values[i] for name, values in records.items()}))
+        return taken
+
+    def _advance_generic(self, step: int, k: int, record_steps: list[int]) -> tuple[int, dict[str, Tensor]]:
+        optimizer, due, records = self._optimizer, set(record_steps), []
+        members = self.running
+        for now in range(step, step + k):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                total = sum(self.losses(batch).sum() for batch in self.batches(now, members))
+                total.backward()
+            optimizer.step()
+            self._hold_stopped()
+            if self.guard is not None and (now + 1) % self.guard.every_n_steps == 0:
+                self.check_members(now + 1)
+                members = self.running
+            if now + 1 in due:
+                records.append(self.measure(self.record_variables))
+            if len(members) == 0:
+                break
+        return now + 1 - step, stack_records(records)
+
+    def take_records(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """Hand over what was recorded since the last call: (step, {name: (E, ...)})."""
+        records, self._records = self._records, []
+        return records
+
+    # The guard --------------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> Tensor:
+        """The members that still run, int64."""
+        return torch.nonzero(self.status == RUNNING).squeeze(1)
+
+    def full_losses(self, members: Tensor | None = None) -> Tensor:
+        """The full clean data loss of some members (all by default): no penalty, no label noise; (G,)."""
+        with torch.no_grad():
+            return self.losses(self.full_batch(members))
+
+    def member_state(self) -> dict[str, Tensor]:
+        """Every tensor that belongs to members, by name: parameters and the optimizer's state."""
+        state = {f"parameter.{name}": parameter.data for name, parameter in self.named_parameters()}
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        for i, parameter in enumerate(parameters):
+            for name, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape[:1] == (self.num_members,):
+                    state[f"optimizer.{i}.{name}"] = value
+        return state
+
+    def on_train_start(self) -> None:
+        """See `begin`."""
+        self.begin(self.trainer.global_step)
+
+    def begin(self, step: int) -> None:
+        """Let the guard see the first state, which a member that diverges at once goes back to; once."""
+        if self.guard is not None and not self._kept:
+            self.check_members(step)
+
+    @torch.no_grad()
+    def check_members(self, step: int) -> None:
+        """Let the guard decide at `step` who goes on: keep the running, freeze the converged, take back the diverged."""
+        members = self.running
+        if len(members) == 0:
+            return
+        tol = self.guard.tol
+        if tol is None:
+            tol = 1e-20 if self.number_type == torch.float64 else 1e-12
+        losses = self.full_losses(members)
+        bad = ~(losses <= self.guard.bound)  # NaN compares false
+        for parameter in self.parameters():
+            bad |= ~(parameter[members].abs() <= self.guard.bound).flatten(1).all(1)
+        converged = (losses < tol) & ~bad
+        state = self.member_state()
+        if not self._kept:
+            self._kept = {name: value.clone() for name, value in state.items()}
+        gone, safe = members[bad], members[~bad]
+        for name, value in state.items():
+            if name not in self._kept:  # an optimizer that makes its state at the first step
+                self._kept[name] = torch.zeros_like(value)
+            kept = self._kept[name]
+            kept[safe] = value[safe]
+            value[gone] = kept[gone]
+        self.status[gone], self.status[members[converged]] = DIVERGED, CONVERGED
+        self.stopped_at[gone] = max(step - self.guard.every_n_steps, 0)
+        self.stopped_at[members[converged]] = step
+
+    def _hold_stopped(self) -> None:
+        """Give stopped members back the state they stopped with, after a step that moved everyone."""
+        stopped = torch.nonzero(self.status != RUNNING).squeeze(1)
+        if len(stopped):
+            for name, value in self.member_state().items():
+                if name in self._kept:
+                    value[stopped] = self._kept[name][stopped]
+
+    # Variables --------------------------------------------------------------------------------------------------------
+
+    def variables(self) -> dict[str, Callable[[], Tensor] | str]:
+        """What can be recorded: name -> function giving (E, ...), or a text saying why it is not defined here."""
+        no_teacher = "the data have no teacher"
+        found: dict[str, Callable[[], Tensor] | str] = {
+            "train_loss": self.full_losses,
+            "test_loss": "the data have no test set (num_test_samples = 0)",
+            "distance": no_teacher,
+            "beta": self.predictor,
+            "time": self._time,
+        }
+        if self.problems.x_test is not None:
+            found["test_loss"] = lambda: self.losses(self.full_batch(test=True))
+        if self.problems.teacher is not None:
+            found["distance"] = self._distance
+        for name in ("gain", "gain_plus", "gain_minus", "effective_init", "imbalance"):
+            found[name] = self._of_optimizer(name)
+        return found
+
+    def _of_optimizer(self, name: str) -> Callable[[], Tensor] | str:
+        kind = type(self._optimizer).__name__
+        if not hasattr(type(self._optimizer), name):
+            return f"the optimizer {kind} does not state it"
+        pairs = getattr(self._optimizer, "pairs", [])
+        if len(pairs) != 1:
+            return f"{type(self).__name__} has {len(pairs) or 'no'} pairs of factors"
+        return lambda: getattr(self._optimizer, name)
+
+    def _distance(self) -> Tensor:
+        error = self.predictor() - self.problems.teacher[self.problem_index]
+        return error.square().flatten(1).sum(1)
+
+    def _time(self) -> Tensor:
+        elapsed = getattr(self._optimizer, "time", None)
+        if elapsed is None:
+            elapsed = math.nan
+        return torch.as_tensor(elapsed, dtype=torch.float64, device=self.device).expand(self.num_members)
+
+    @torch.no_grad()
+    def measure(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The present values of some variables and the members' status, detached copies."""
+        variables = self.variables()
+        values = {name: variables[name]().detach().clone() for name in names}
+        return {**values, "status": self.status.clone()}
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
+        x, y = (part.to(self.number_type) for part in batch)
+        everyone = torch.arange(self.num_members, device=self.device)
+        losses = self.losses(Batch(x, y, everyone, self.problem_index))
+        for label, value in (("median", losses.median()), ("min", losses.min()), ("max", losses.max())):
+            self.log(f"{name}/{label}", value, batch_size=x.shape[1])
+        return losses
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Losses (E,) on the training rows; logs median, min and max over members."""
+        del batch_idx
+        return self._evaluate(batch, "loss/train")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Losses (E,) on the test rows; logs median, min and max over members."""
+        del batch_idx
+        return self._evaluate(batch, "loss/test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Predictions (E, N[, K]) on the test rows."""
+        del batch_idx
+        x, y = (part.to(self.number_type) for part in batch)
+        everyone = torch.arange(self.num_members, device=self.device)
+        return Batch(x, y, everyone, self.problem_index).predictions(self.predictor())
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the guard keeps of each member."""
+        checkpoint["dlnlab_kept"] = dict(self._kept)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back."""
+        kept = checkpoint.get("dlnlab_kept", {})
+        self._kept = {name: value.to(self.device) for name, value in kept.items()}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Nothing moves: the data are where they are used."""
+        del device, dataloader_idx
+        return batch
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let `torch.ones(...)` and the like make parameters of the model's own precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_LAW = ("predictor", "losses", "training_step", "batches")
+"""Methods that a closed form stands for: a subclass with its own takes the generic path."""
+
+
+def stack_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """[{name: (E, ...)}] -> {name: (T, E, ...)}."""
+    return {name: torch.stack([record[name] for record in records]) for name in records[0]} if records else {}
+
+
+def _max_row(problems: Problems) -> Tensor:
+    return 1 / problems.x.square().sum(-1).amax(-1)
+
+
+LR_UNITS: dict[str, Callable[[Problems], Tensor]] = {
+    "one": lambda problems: torch.ones_like(problems.x[:, 0, 0]),
+    "max_row": _max_row,
+}
+"""What lr is counted in: problems -> (P,)."""
+
+
+def _plain_if_equal(given: dict[str, Tensor]) -> dict[str, Any]:
+    """A number where all members agree: torch's own optimizers take no vectors."""
+    return {name: float(value[0]) if len(set(value.tolist())) == 1 else value for name, value in given.items()}
+
+
+def _next_event_of(callback: Callback, step: int) -> int | None:
+    if hasattr(callback, "next_event"):
+        return callback.next_event(step)
+    for name in ("every_n_steps", "every_n_train_steps", "_every_n_train_steps"):
+        period = getattr(callback, name, None)
+        if isinstance(period, int) and period > 0:
+            return step - step % period + period
+    return None
+
+
+def _count_steps(trainer: Any, k: int) -> None:
+    """Tell Lightning that k optimizer steps were taken: the only place that touches its private counters.
+
+    `optim_step_progress` is what `trainer.global_step` reads in manual optimization; `_batches_that_stepped` is the x
+    axis of `self.log`, to which the loop itself adds the last one.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    try:
+        epoch_loop.manual_optimization.optim_step_progress.increment_by(k)
+        epoch_loop._batches_that_stepped += k - 1
+    except AttributeError as error:
+        raise RuntimeError("this version of lightning keeps its step counters elsewhere: dlnlab needs 2.6") from error
+
+
+def _refuse_what_manual_optimization_cannot_honour(trainer: Any) -> None:
+    """Raise ValueError for trainer options that would silently do nothing, or something else."""
+    if trainer.gradient_clip_val:
+        raise ValueError("trainer.gradient_clip_val: clipping would couple the members; use a smaller lr")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError("trainer.accumulate_grad_batches: use the model's batch_size")
+    if trainer.precision != "32-true":
+        raise ValueError(f"trainer.precision = {trainer.precision}: use the model's dtype, float64 or float32")
+    if trainer.world_size != 1:
+        raise ValueError("trainer.devices: one device for one fit; run parts of the ensemble as fits of their own")
+    if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval != 1:
+        raise ValueError("trainer.val_check_interval counts chunks, not steps; use a measurement's every_n_steps")
+    if trainer.fast_dev_run:
+        raise ValueError("trainer.fast_dev_run counts chunks, not steps; use --trainer.max_steps 10")
+    if trainer.max_steps < 1:
+        raise ValueError("trainer.max_steps: must be given, the number of optimizer steps")

@@ -1,0 +1,87 @@
+"""What a loss is computed on: rows of data for some members of the ensemble."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Members sorted by the problem they share, so that each problem's x enters one matrix product.
+
+    Args:
+        problem: The problem of each of G members, int64 (G,).
+    """
+
+    def __init__(self, problem: Tensor) -> None:
+        self.problems, row, counts = torch.unique(problem, return_inverse=True, return_counts=True)
+        order = torch.argsort(row, stable=True)
+        column = torch.arange(len(problem), device=problem.device) - (counts.cumsum(0) - counts)[row[order]]
+        width = int(counts.max()) if len(counts) else 0
+        # A problem with fewer members than the widest repeats its first one; repeats are computed and dropped.
+        first = order[counts.cumsum(0) - counts]
+        self.slots = first[:, None].expand(-1, width).clone()  # (P', M)
+        self.slots[row[order], column] = order
+        self.position = torch.empty_like(problem)
+        self.position[order] = row[order] * width + column
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(G, ...) -> (P', M, ...)."""
+        return values[self.slots]
+
+    def collect(self, values: Tensor) -> Tensor:
+        """(P', M, ...) -> (G, ...), the inverse of `spread`."""
+        return values.flatten(0, 1)[self.position]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows that G members of one batch size see at one step.
+
+    Mini-batches have rows of their own for each member: x (G, B, D), y (G, B[, K]). A full batch keeps the P problems
+    as they are, x (P, N, D) and y (P, N[, K]), and says which one each member has.
+
+    Attributes:
+        x: Inputs.
+        y: Targets.
+        members: The members' numbers in the ensemble, int64 (G,).
+        problem: For a full batch the row of x that each member sees, int64 (G,); otherwise None.
+        noise: Label noise to be added to y, (G, B[, K]), or None.
+    """
+
+    x: Tensor
+    y: Tensor
+    members: Tensor
+    problem: Tensor | None = None
+    noise: Tensor | None = None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The full batch's members sorted by problem."""
+        return Layout(self.problem)
+
+    def predictions(self, predictor: Tensor) -> Tensor:
+        """What linear predictors say on the batch.
+
+        Args:
+            predictor: (G, D) or (G, K, D), one per member of the batch.
+
+        Returns:
+            (G, B) or (G, B, K).
+        """
+        if self.problem is None:
+            if predictor.ndim == 3:
+                return self.x @ predictor.mT
+            return (self.x @ predictor[..., None]).squeeze(-1)
+        spread = self.layout.spread(predictor)  # (P', M, [K,] D)
+        x = self.x if len(self.layout.problems) == len(self.x) else self.x[self.layout.problems]
+        if predictor.ndim == 3:
+            return self.layout.collect(x[:, None] @ spread.mT)
+        return self.layout.collect(spread @ x.mT)
+
+    @property
+    def targets(self) -> Tensor:
+        """y as each member sees it, (G, B[, K])."""
+        y = self.y if self.problem is None else self.y[self.problem]
+        return y if self.noise is None else y + self.noise

@@ -1,0 +1,160 @@
+"""The diagonal linear network, x -> <u*v, x>."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from dlnlab import checks
+from dlnlab.kernels import Factors, diagonal_steps
+from dlnlab.models.base import Guard, LinearNetwork, stack_records
+from dlnlab.models.batch import Batch, Layout
+
+
+class DiagonalLinearNetwork(LinearNetwork):
+    r"""The diagonal linear network beta = u*v.
+
+    .. math:: \beta = u \odot v = (w_+^2 - w_-^2)/2, \qquad w_\pm = (u \pm v)/\sqrt2, \qquad w_\pm(0) = \alpha
+
+    The parameters are `w_plus`, `w_minus` (E, D): a rotation of (u, v), so paths and Hessian spectrum are the same, but
+    the imbalance u^2 - v^2 = 2 w+ w- does not cancel when the gain is large. u(0) = sqrt2 alpha, v(0) = 0, beta(0) = 0.
+
+    Args:
+        init_scale: alpha: a positive number, or one per feature (D,). May be an axis (numbers).
+        dim: D; None takes the data's.
+        **kwargs: Those of `LinearNetwork`.
+
+    Raises:
+        ValueError: If init_scale is not positive and finite, or does not fit dim.
+
+    Reference:
+        even2023, section 2 (u, v and their initialisation); the rotated state: derived here.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = (*LinearNetwork.axes, "init_scale")
+
+    def __init__(self, init_scale: float | list[float] = 0.1, dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.init_scale = init_scale
+        if dim is not None:
+            checks.integer("dim", dim, at_least=1)
+        for value in self.per_member("init_scale"):
+            for entry in value if isinstance(value, list | tuple) else [value]:
+                checks.positive("init_scale", entry)
+        if dim is not None:
+            self.build(dim, None)
+
+    def build(self, num_features: int, num_outputs: int | None) -> None:
+        """w+ = w- = alpha."""
+        if num_outputs is not None:
+            raise ValueError(f"DiagonalLinearNetwork has one output, the data have y of {num_outputs} columns")
+        scales = torch.tensor(self.per_member("init_scale"), dtype=self.number_type)
+        if scales.ndim == 1:
+            scales = scales[:, None]
+        if scales.shape[1] not in (1, num_features):
+            raise ValueError(f"init_scale has {scales.shape[1]} entries: must be one number or {num_features}, one per feature")
+        self.w_plus = Parameter(scales.expand(-1, num_features).clone())
+        self.w_minus = Parameter(scales.expand(-1, num_features).clone())
+
+    def predictor(self) -> Tensor:
+        """beta, (E, D)."""
+        return (self.w_plus.square() - self.w_minus.square()) / 2
+
+    @property
+    def u(self) -> Tensor:
+        """(w+ + w-)/sqrt2, (E, D)."""
+        return (self.w_plus + self.w_minus) * 0.5**0.5
+
+    @property
+    def v(self) -> Tensor:
+        """(w+ - w-)/sqrt2, (E, D)."""
+        return (self.w_plus - self.w_minus) * 0.5**0.5
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One pair of factors."""
+        return [{"params": [self.w_plus, self.w_minus], "form": "squares"}]
+
+    def advance_closed_form(
+        self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Gradient descent in w+, w- without autograd; see `LinearNetwork.advance_closed_form`."""
+        start = step = self._optimizer.num_steps
+        end, records, due = start + k, [], set(record_steps)
+        running = self.running
+        while step < end:
+            stop = min([end, *(s for s in record_steps if s > step)])
+            if guard is not None:
+                stop = min(stop, step - step % guard.every_n_steps + guard.every_n_steps)
+            self._advance_members(running, step, stop)
+            step = stop
+            if guard is not None and step % guard.every_n_steps == 0:
+                self.check_members(step)
+                running = self.running
+            if step in due:
+                records.append(self.measure(variables))
+            if len(running) == 0:
+                break
+        return step - start, stack_records(records)
+
+    def _advance_members(self, members: Tensor, start: int, stop: int) -> None:
+        """Take the steps start, ..., stop - 1 with the given members; the others stay as they are."""
+        optimizer = self._optimizer
+        group = optimizer.pairs[0]
+        whole = optimizer.factors(group)
+        for size, sampling, everyone in self._kinds:
+            chosen = everyone[torch.isin(everyone, members)]
+            if len(chosen) == 0:
+                continue
+            if size == "full":
+                layout = Layout(self.problem_index[chosen])
+                places, gradient = chosen[layout.slots], self._full_gradient(chosen, layout)
+            else:
+                layout, places, gradient = None, chosen, self._mini_gradient(chosen, size, sampling)
+            state = whole.map(lambda tensor: tensor[places])  # noqa: B023 - used at once
+            lr = _spread(group["lr"], places, self.number_type)
+            kappa = _spread(group["weight_decay"], places, self.number_type)
+            decay = None if kappa is None or not bool((kappa != 0).any()) else 1 - 2 * lr * kappa
+            diagonal_steps(state, lr, decay, gradient, start, stop)
+            for target, source in zip(vars(whole).values(), vars(state).values(), strict=True):
+                target[chosen] = source if layout is None else layout.collect(source)
+        optimizer.num_steps += stop - start
+
+    def _full_gradient(self, members: Tensor, layout: Layout) -> Any:
+        """(beta, step) -> gradient of the full loss, (P', M, D): each problem's x enters two matrix products."""
+        x, y = self.problems.x[layout.problems], self.problems.y[layout.problems][:, None]
+        scaled, n = x / x.shape[1], x.shape[1]
+
+        def gradient(beta: Tensor, step: int) -> Tensor:
+            residual = (beta @ x.mT).sub_(y)  # (P', M, N)
+            noise = self.label_noise_at(step, members, n)
+            if noise is not None:
+                residual -= layout.spread(noise)
+            return residual @ scaled
+
+        return gradient
+
+    def _mini_gradient(self, members: Tensor, size: int, sampling: str) -> Any:
+        """(beta, step) -> gradient of the mini-batch loss, (G, D)."""
+        problem = self.problem_index[members]
+
+        def gradient(beta: Tensor, step: int) -> Tensor:
+            rows = self.sampled_rows(size, sampling, members, step)
+            x, y = self.problems.x[problem[:, None], rows], self.problems.y[problem[:, None], rows]  # (G, B, D), (G, B)
+            noise = self.label_noise_at(step, members, size)
+            if size == 1:
+                x, y = x[:, 0], y[:, 0]
+                residual = (x * beta).sum(-1).sub_(y)
+                if noise is not None:
+                    residual -= noise[:, 0]
+                return x * residual[:, None]
+            residual = Batch(x, y, members, None, noise).predictions(beta) - (y if noise is None else y + noise)
+            return (residual[:, None] @ x).squeeze(1) / size
+
+        return gradient
+
+
+def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A hyperparameter of each member (or of all) at the members' places, with a trailing axis for coordinates."""
+    value = torch.as_tensor(value, dtype=dtype, device=places.device)
+    return value if value.ndim == 0 else value[places][..., None]

@@ -1,0 +1,113 @@
+"""Lists of numbers as configs write them, and the optimizer steps at which something happens."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dlnlab import checks
+
+
+def expand(spec: Any, where: str) -> list[Any]:
+    """Turn one entry of a config into its list of values.
+
+    A list is taken as it is and a scalar becomes a list of one. `{linear: [lo, hi, n]}` has n evenly spaced values
+    with both ends, `{log10: [lo, hi, n]}` the powers of ten of such values, `{range: n}` and `{range: [a, b]}` the
+    integers of Python's range.
+
+    Args:
+        spec: The entry.
+        where: Its key, for messages.
+
+    Returns:
+        The values, as Python numbers or strings.
+
+    Raises:
+        ValueError: If the entry has none of these forms or is empty.
+    """
+    if isinstance(spec, dict):
+        values = _expand_form(spec, where)
+    elif isinstance(spec, str) or not isinstance(spec, Sequence | range | np.ndarray):
+        values = [spec]
+    else:
+        values = [value.item() if isinstance(value, np.generic) else value for value in spec]
+    if not values:
+        raise ValueError(f"{where} is empty: it needs at least one value")
+    return values
+
+
+def _expand_form(spec: dict, where: str) -> list[Any]:
+    forms = "linear: [lo, hi, n], log10: [lo, hi, n], range: n or range: [a, b]"
+    if len(spec) != 1 or not set(spec) <= {"linear", "log10", "range"}:
+        raise ValueError(f"{where} = {spec}: must be a list, a scalar or one of {forms}")
+    form, arguments = next(iter(spec.items()))
+    if form == "range":
+        bounds = arguments if isinstance(arguments, Sequence) else [arguments]
+        if len(bounds) not in (1, 2):
+            raise ValueError(f"{where}.range = {arguments}: must be n or [a, b]")
+        return list(range(*(checks.integer(f"{where}.range", bound, at_least=-(2**62)) for bound in bounds)))
+    if not isinstance(arguments, Sequence) or len(arguments) != 3:
+        raise ValueError(f"{where}.{form} = {arguments}: must be [lo, hi, n]")
+    low, high = (checks.number(f"{where}.{form}", end) for end in arguments[:2])
+    count = checks.integer(f"{where}.{form}[2]", arguments[2], at_least=1, at_most=10_000_000)
+    points = np.linspace(low, high, count)
+    if form == "log10" and max(abs(low), abs(high)) > 307:
+        raise ValueError(f"{where}.log10 = {arguments}: lo and hi are exponents of ten and must lie within -307 and 307")
+    return (10.0**points if form == "log10" else points).tolist()
+
+
+class Schedule:
+    """The optimizer steps at which something is recorded or measured.
+
+    Args:
+        every_n_steps: A period in steps, or None.
+        at: A list of steps in any form `expand` knows, rounded to whole steps; repeats are dropped.
+        pairs: Add k + 1 for every step k: at the edge of stability gradient descent oscillates with period 2, and a
+            schedule of even steps would only ever see one phase.
+
+    Raises:
+        ValueError: If both or neither are given, or a value is no step.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, at: Any = None, pairs: bool = False) -> None:
+        if (every_n_steps is None) == (at is None):
+            raise ValueError("a schedule needs either every_n_steps or at, and not both")
+        self.pairs = pairs
+        self.every_n_steps = every_n_steps
+        self.steps: list[int] | None = None
+        if at is not None:
+            steps = {round(checks.number("at", value, at_least=0)) for value in expand(at, "at")}
+            self.steps = sorted(steps | {step + 1 for step in steps} if pairs else steps)
+        else:
+            checks.integer("every_n_steps", every_n_steps, at_least=1)
+
+    def next_after(self, step: int) -> int | None:
+        """The first scheduled step later than `step`, or None."""
+        if self.steps is not None:
+            index = bisect_right(self.steps, step)
+            return self.steps[index] if index < len(self.steps) else None
+        offset = step % self.every_n_steps
+        if self.pairs and offset == 0:
+            return step + 1
+        return step - offset + self.every_n_steps
+
+    def nth_after(self, step: int, n: int) -> int | None:
+        """The n-th scheduled step later than `step`, or None if there are fewer."""
+        if self.steps is not None:
+            index = bisect_right(self.steps, step) + n - 1
+            return self.steps[index] if index < len(self.steps) else None
+        first = self.next_after(step)
+        return first + (n - 1) // (2 if self.pairs else 1) * self.every_n_steps
+
+    def __contains__(self, step: int) -> bool:
+        return self.next_after(step - 1) == step
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """The scheduled steps in (start, stop], ascending."""
+        found = []
+        step = self.next_after(start)
+        while step is not None and step <= stop:
+            found.append(step)
+            step = self.next_after(step)
+        return found
