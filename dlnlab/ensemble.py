@@ -101,8 +101,13 @@ class Ensemble:
 
     def label(self, member: int) -> str:
         """One member's name for messages, `lr=0.1, seed=3`."""
-        return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-                         for name, value in self.labels[member].items()) or "the only member"
+        return (
+            ", ".join(
+                f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                for name, value in self.labels[member].items()
+            )
+            or "the only member"
+        )
 
     def group(self, names: tuple[str, ...]) -> tuple[Tensor, list[dict[str, Any]]]:
         """Number the distinct combinations of some axes.

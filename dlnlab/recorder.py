@@ -63,7 +63,9 @@ class EventFile:
 
     def add(self, moments: list[tuple[int, list[Summary.Value]]]) -> None:
         """Append one event for each (step, values)."""
-        self._append([Event(wall_time=time.time(), step=step, summary=Summary(value=values)) for step, values in moments])
+        self._append(
+            [Event(wall_time=time.time(), step=step, summary=Summary(value=values)) for step, values in moments]
+        )
 
     @property
     def length(self) -> int:
@@ -240,13 +242,14 @@ class Recorder(Callback):
         self._flushed_at = time.monotonic()
         if not self._pending:
             return
-        series = {
-            name: (steps, _to_numpy(torch.stack(values))) for name, (steps, values) in self._pending.items()
-        }
+        series = {name: (steps, _to_numpy(torch.stack(values))) for name, (steps, values) in self._pending.items()}
         self._pending, self._bytes = {}, 0
         constants = {}
         if isinstance(self._module, LinearNetwork):
-            constants = {"stopped_at": _to_numpy(self._module.stopped_at), "step_size": _to_numpy(self._module.step_size)}
+            constants = {
+                "stopped_at": _to_numpy(self._module.stopped_at),
+                "step_size": _to_numpy(self._module.step_size),
+            }
         if self.directory is None:
             arrays = {name: values for name, (_, values) in series.items()}
             steps = {name + results._STEPS: np.array(at) for name, (at, _) in series.items()}
@@ -299,7 +302,9 @@ class Recorder(Callback):
         }
         self._cell_names = names
         if len(chosen) < len(names):
-            note = f"{len(chosen)} of {len(names)} cells of the grid, evenly chosen (record.max_runs); all are in results/"
+            note = (
+                f"{len(chosen)} of {len(names)} cells of the grid, evenly chosen (record.max_runs); all are in results/"
+            )
             self.attributes["tensorboard"] = note
 
     def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:

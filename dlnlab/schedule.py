@@ -53,7 +53,9 @@ def _expand_form(spec: dict, where: str) -> list[Any]:
     count = checks.integer(f"{where}.{form}[2]", arguments[2], at_least=1, at_most=10_000_000)
     points = np.linspace(low, high, count)
     if form == "log10" and max(abs(low), abs(high)) > 307:
-        raise ValueError(f"{where}.log10 = {arguments}: lo and hi are exponents of ten and must lie within -307 and 307")
+        raise ValueError(
+            f"{where}.log10 = {arguments}: lo and hi are exponents of ten and must lie within -307 and 307"
+        )
     return (10.0**points if form == "log10" else points).tolist()
 
 

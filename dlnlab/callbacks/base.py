@@ -86,7 +86,9 @@ class Measurement(Callback):
             pl_module.begin(0)
             self._measure(trainer, pl_module, None)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         """Measure where the schedule says so."""
         del outputs
         if trainer.global_step in self.schedule:

@@ -129,9 +129,12 @@ class SyntheticData(LightningDataModule):
         ]
         shapes = {tuple(None if tensor is None else tuple(tensor.shape) for tensor in row) for row in rows}
         if len(shapes) > 1:
-            raise ValueError(f"{type(self).__name__}.sample gave problems of different shapes: {sorted(map(str, shapes))}")
+            raise ValueError(
+                f"{type(self).__name__}.sample gave problems of different shapes: {sorted(map(str, shapes))}"
+            )
         x, y, teacher = (
-            None if column[0] is None else torch.stack(column) for column in (list(part) for part in zip(*rows, strict=True))
+            None if column[0] is None else torch.stack(column)
+            for column in (list(part) for part in zip(*rows, strict=True))
         )
         train = x.shape[1] - self.num_test_samples
         has_test = self.num_test_samples > 0

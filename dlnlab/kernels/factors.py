@@ -113,11 +113,11 @@ class Factors:
         return low_plus & low_minus
 
     def log_plus(self) -> Tensor:
-        """ln of the product of |1 - x|."""
+        """Ln of the product of |1 - x|."""
         return torch.log(self.product_plus.abs()) + self.exponent_plus * math.log(2)
 
     def log_minus(self) -> Tensor:
-        """ln of the product of |1 + x|."""
+        """Ln of the product of |1 + x|."""
         return torch.log(self.product_minus.abs()) + self.exponent_minus * math.log(2)
 
     def gain(self) -> Tensor:

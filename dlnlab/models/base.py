@@ -289,7 +289,11 @@ class LinearNetwork(LightningModule):
         kinds = [("full" if size == "full" else size, None if size == "full" else kind)
                  for size, kind in zip(sizes, sampling, strict=True)]  # fmt: skip
         self._kinds = [
-            (size, kind, torch.tensor([i for i, other in enumerate(kinds) if other == (size, kind)], device=self.device))
+            (
+                size,
+                kind,
+                torch.tensor([i for i, other in enumerate(kinds) if other == (size, kind)], device=self.device),
+            )
             for size, kind in dict.fromkeys(kinds)
         ]
         self._sampling_keys = streams.keys(self.ensemble.root, "sampling", seeds)
@@ -317,7 +321,9 @@ class LinearNetwork(LightningModule):
         for group in optimizer.param_groups:
             if scaled:
                 if "lr" not in per_member:
-                    raise ValueError(f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members")
+                    raise ValueError(
+                        f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members"
+                    )
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device) * self.unit.double()
         for name in given:
             if name not in per_member and len(set(given[name].tolist())) > 1:
@@ -330,7 +336,7 @@ class LinearNetwork(LightningModule):
 
     @property
     def step_size(self) -> Tensor:
-        """lr times its unit, (E,); NaN where the optimizer has no lr."""
+        """Lr times its unit, (E,); NaN where the optimizer has no lr."""
         lr = self._optimizer.param_groups[0].get("lr", math.nan)
         return torch.as_tensor(lr, dtype=torch.float64).expand(self.num_members)
 

@@ -82,6 +82,6 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """y as each member sees it, (G, B[, K])."""
+        """Y as each member sees it, (G, B[, K])."""
         y = self.y if self.problem is None else self.y[self.problem]
         return y if self.noise is None else y + self.noise

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dlnlab import checks
-from dlnlab.kernels import Factors, diagonal_steps
+from dlnlab.kernels import diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
 
@@ -53,7 +53,9 @@ class DiagonalLinearNetwork(LinearNetwork):
         if scales.ndim == 1:
             scales = scales[:, None]
         if scales.shape[1] not in (1, num_features):
-            raise ValueError(f"init_scale has {scales.shape[1]} entries: must be one number or {num_features}, one per feature")
+            raise ValueError(
+                f"init_scale has {scales.shape[1]} entries: must be one number or {num_features}, one per feature"
+            )
         self.w_plus = Parameter(scales.expand(-1, num_features).clone())
         self.w_minus = Parameter(scales.expand(-1, num_features).clone())
 

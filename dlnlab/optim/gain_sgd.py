@@ -225,7 +225,7 @@ def _rotate(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _step_sizes(group: dict[str, Any], parameter: Tensor) -> tuple[Tensor, Tensor | None]:
-    """lr and 1 - 2 lr weight_decay (None without decay), broadcastable with the parameter."""
+    """Lr and 1 - 2 lr weight_decay (None without decay), broadcastable with the parameter."""
     lr, kappa = (_per_member(group[name], parameter) for name in ("lr", "weight_decay"))
     return lr, (1 - 2 * lr * kappa) if bool((kappa != 0).any()) else None
 
