@@ -56,6 +56,11 @@ class Measurement(Callback):
         """
         raise NotImplementedError
 
+    def names(self, model: LightningModule) -> tuple[str, ...]:
+        """The variables this adds to the results of a model that has been set up."""
+        with torch.no_grad():
+            return tuple(self.measure(model, model.full_batch())) if isinstance(model, LinearNetwork) else ()
+
     def check(self, model: LightningModule) -> None:
         """Raise ValueError if this cannot be measured on the model; called once it is set up, before the fit."""
 

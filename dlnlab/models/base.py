@@ -615,11 +615,6 @@ class LinearNetwork(LightningModule):
         kept = checkpoint.get("dlnlab_kept", {})
         self._kept = {name: value.to(self.device) for name, value in kept.items()}
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Nothing moves: the data are where they are used."""
-        del device, dataloader_idx
-        return batch
-
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
