@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -66,7 +65,7 @@ class Run(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         self.directory: Path | None = None
-        patient = {"exit_on_error": False}
+        patient = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -349,7 +348,7 @@ def _what_must_agree(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """jsonargparse's loader, but a repeated key is an error instead of silently taking one of the two."""
+    """Jsonargparse's loader, but a repeated key is an error instead of silently taking one of the two."""
     _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     return _default_loader(text)
 
@@ -362,7 +361,9 @@ def _refuse_repeated_keys(node: yaml.Node | None) -> None:
         seen: set[str] = set()
         for key, value in node.value:
             if key.value in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} is repeated in line {key.start_mark.line + 1}: give it once")
+                raise yaml.YAMLError(
+                    f"the key {key.value!r} is repeated in line {key.start_mark.line + 1}: give it once"
+                )
             seen.add(key.value)
             _refuse_repeated_keys(value)
     elif isinstance(node, yaml.SequenceNode):

@@ -8,6 +8,8 @@ import numpy as np
 
 from dlnlab import checks
 
+MOST_VALUES = 10_000_000
+
 
 def expand(spec: Any, where: str) -> list[Any]:
     """Turn one entry of a config into its list of values.
@@ -46,11 +48,14 @@ def _expand_form(spec: dict, where: str) -> list[Any]:
         bounds = arguments if isinstance(arguments, Sequence) else [arguments]
         if len(bounds) not in (1, 2):
             raise ValueError(f"{where}.range = {arguments}: must be n or [a, b]")
-        return list(range(*(checks.integer(f"{where}.range", bound, at_least=-(2**62)) for bound in bounds)))
+        found = range(*(checks.integer(f"{where}.range", bound, at_least=-(2**62)) for bound in bounds))
+        if len(found) > MOST_VALUES:
+            raise ValueError(f"{where}.range = {arguments}: {len(found):,} values, at most {MOST_VALUES:,} make sense")
+        return list(found)
     if not isinstance(arguments, Sequence) or len(arguments) != 3:
         raise ValueError(f"{where}.{form} = {arguments}: must be [lo, hi, n]")
     low, high = (checks.number(f"{where}.{form}", end) for end in arguments[:2])
-    count = checks.integer(f"{where}.{form}[2]", arguments[2], at_least=1, at_most=10_000_000)
+    count = checks.integer(f"{where}.{form}[2]", arguments[2], at_least=1, at_most=MOST_VALUES)
     points = np.linspace(low, high, count)
     if form == "log10" and max(abs(low), abs(high)) > 307:
         raise ValueError(
