@@ -187,6 +187,8 @@ class Run(LightningCLI):
                 callback.prepare(trainer, model)
         self.figures = self.config_init.fit.figures
         for figure in self.figures:
+            if [other.name for other in self.figures].count(figure.name) > 1:
+                raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
             figure.check(self._recorded_variables(), self.recorder.ensemble.axes)
         if checkpoint is not None:
             self._check_resume(checkpoint)

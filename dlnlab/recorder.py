@@ -137,7 +137,7 @@ class Recorder(Callback):
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
             self.names = self._check_variables(module)
-            module.record_schedule, module.record_variables = self.schedule, self.names
+            module.record_schedule, module.record_variables = self.schedule, self._variable_names()
         elif self.variables is not None:
             raise ValueError(f"record.variables: {type(module).__name__} is no LinearNetwork and states no variables")
 

@@ -97,4 +97,4 @@ def test_self_log_of_a_users_callback_keeps_true_steps(tmp_path):
     trainer = Trainer(max_steps=100, callbacks=[Logs()], log_every_n_steps=40, enable_checkpointing=False, **options)
     trainer.fit(network, SparseRegression(6, 5, 2))
     rows = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert rows == ["mine,step", "40.0,39", "80.0,79"]  # Lightning's own x axis counts from zero
+    assert rows == ["epoch,mine,step", "0,40.0,39", "0,80.0,79"]  # Lightning's own x axis counts from zero
