@@ -105,7 +105,7 @@ class Factors:
             (self.w_plus, low_plus, self.initial_plus, self.log_plus, self.product_plus),
             (self.w_minus, low_minus, self.initial_minus, self.log_minus, self.product_minus),
         ):
-            low &= initial != 0  # a factor that starts at zero stays there
+            low &= (initial != 0) & (product != 0)  # a factor that starts at zero, or is multiplied by it, stays there
             if low.any():
                 size = torch.exp(torch.log(initial.abs()) + self.log_decay + log_abs()).clamp(min=floor)
                 sign = torch.where((initial < 0) ^ (product < 0), -1.0, 1.0)
