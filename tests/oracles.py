@@ -1,4 +1,4 @@
-"""Slow and obvious versions of what dlnlab does fast: plain Python integers, NumPy loops over one member, dense matrices.
+"""Slow and obvious versions of what dlnlab does fast: Python integers, NumPy loops over one member, dense matrices.
 
 Nothing here uses the code under test, except that `GivenData` is a data set for it.
 """
@@ -11,7 +11,7 @@ import torch
 
 from dlnlab.data.base import SyntheticData
 
-# Random numbers: the rules of dlnlab/streams.py ------------------------------------------------------------------------
+# Random numbers: the rules of dlnlab/streams.py -----------------------------------------------------------------------
 
 PURPOSES = {
     "inputs": 0,
@@ -82,7 +82,7 @@ def batch_rows(sampling, key, step, count, size):
     return subset(key, epoch, size, size)[place * count : (place + 1) * count]
 
 
-# One member ------------------------------------------------------------------------------------------------------------
+# One member -----------------------------------------------------------------------------------------------------------
 
 
 def member_batches(x, y, steps, batch_size="full", sampling="replacement", label_noise=0.0, root=0, seed=0):
@@ -149,7 +149,7 @@ def member_path_extended(x, y, steps, lr, init_scale, rows):
     )
 
 
-# Curvature -------------------------------------------------------------------------------------------------------------
+# Curvature ------------------------------------------------------------------------------------------------------------
 
 
 def dense_hessian(loss, *tensors):
@@ -167,7 +167,7 @@ def diagonal_hessian(x, y, u, v):
     return np.block([[h * np.outer(v, v), h * np.outer(v, u) + g], [h * np.outer(u, v) + g, h * np.outer(u, u)]])
 
 
-# Data ------------------------------------------------------------------------------------------------------------------
+# Data -----------------------------------------------------------------------------------------------------------------
 
 
 class GivenData(SyntheticData):

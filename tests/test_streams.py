@@ -78,7 +78,7 @@ def test_normals_are_the_oracles(seed, step, count):
     found = streams.normals(key_of(3, "noise", seed), int64(step), count)
     key = oracles.stream_key(3, "noise", seed)
     expected = [oracles.normal(key, step, j) for j in range(count)]
-    # Two mathematical libraries: one unit in the last place in each of log1p, sqrt and cos; cos is absolute near its zero.
+    # Two mathematical libraries: a unit in the last place of each of log1p, sqrt and cos, absolute where cos is zero.
     np.testing.assert_allclose(found[0, 0].numpy(), expected, rtol=1e-14, atol=1e-15)
 
 
