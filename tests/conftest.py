@@ -52,7 +52,7 @@ def fit():
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lightning's advice on workers and loggers
-            trainer.fit(model, data, ckpt_path=ckpt_path)
+            trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
         return trainer
 
     return run

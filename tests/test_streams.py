@@ -210,6 +210,9 @@ def test_a_stream_draws_what_the_functions_draw_for_its_seed(root, seed, step):
     assert stream.signs("teacher", (3, 2), step).flatten().tolist() == [
         2.0 * oracles.index(key, step, j, 2) - 1 for j in range(6)
     ]
+    assert {getattr(stream, kind)("teacher", (2,)).dtype for kind in ("uniforms", "normals", "signs")} == {
+        torch.float64
+    }
     assert stream.subset("teacher", 3, 5, step).tolist() == oracles.subset(key, step, 3, 5)
 
 

@@ -244,8 +244,9 @@ GUARD = {"every_n_steps": 10, "tol": 0.0}
 
 @pytest.mark.parametrize("cls", PATHS)
 def test_a_diverged_member_goes_back_to_the_last_finite_check(fit, cls):
-    arrays, axes = problems(), {"lr": [0.1, 6.0, 0.3], "batch_size": [1], "seed": 2}
+    arrays, axes = problems(), {"lr": [0.1, 4.0, 0.3], "batch_size": [1], "seed": 2}
     model, trainer = train(fit, cls, arrays, 300, axes, GUARD, init_scale=0.1)
+    assert 0 == model.stopped_at[2] < model.stopped_at[3]  # one goes back to its start, the other further
     assert trainer.global_step == 300
     assert model.status.tolist() == [RUNNING] * 2 + [DIVERGED] * 2 + [RUNNING] * 2
     assert model.stopped_at[[0, 1, 4, 5]].tolist() == [-1] * 4
