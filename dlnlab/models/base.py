@@ -317,10 +317,14 @@ class LinearNetwork(LightningModule):
         try:
             # Where a factory is a partial of a class, its own `lr` is the one in force.
             optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(given))
-        except ValueError as error:
-            if "Tensor lr must be 1-element" in str(error):
+        except (ValueError, RuntimeError) as error:
+            # What torch says of a vector lr, and of any other vector that it compares with a number.
+            refusals = ("Tensor lr must be 1-element", "Boolean value of Tensor")
+            vectors = [name for name, value in given.items() if len(set(value.tolist())) > 1]
+            if vectors and any(refusal in str(error) for refusal in refusals):
                 raise ValueError(
-                    "ensemble.lr: this optimizer takes one lr for all members; use GainSGD, which takes one per member"
+                    f"ensemble.{vectors[0]}: this optimizer takes one {vectors[0]} for all members; use GainSGD, which "
+                    "takes one per member"
                 ) from error
             raise
         per_member = getattr(optimizer, "per_member", ())
