@@ -87,12 +87,12 @@ def test_an_unknown_command_lists_the_known_ones(tmp_path):
 
 
 def test_validate_and_test_give_the_losses_of_a_checkpoint(tmp_path):
-    config = str(ROOT / "configs" / "quickstart.yaml")
-    run = run_directory(command_line("fit", "--config", config, *SMALL, cwd=tmp_path), tmp_path)
+    config, small = str(ROOT / "configs" / "quickstart.yaml"), [*SMALL, "--ensemble.lr", "[0.05, 0.1]"]
+    run = run_directory(command_line("fit", "--config", config, *small, cwd=tmp_path), tmp_path)
     losses = dlnlab.load_results(run).isel(step=-1)
     for command, variable in (("validate", losses.train_loss), ("test", losses.test_loss)):
         checkpoint = str(run / "checkpoints" / "last.ckpt")
-        shown = command_line(command, "--config", config, *SMALL, "--ckpt_path", checkpoint, cwd=tmp_path)
+        shown = command_line(command, "--config", config, *small, "--ckpt_path", checkpoint, cwd=tmp_path)
         assert shown.returncode == 0, shown.stderr
         largest = float(re.search(r"loss/\w+/max\W+([\d.]+(?:e[+-]\d+)?)", shown.stdout)[1])
         assert largest == pytest.approx(float(variable.max()), rel=1e-5)  # what the table prints
