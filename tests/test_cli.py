@@ -73,6 +73,20 @@ def test_every_command_of_the_readme_runs(tmp_path):
         assert finished.stderr == ""
 
 
+def test_later_configs_replace_the_ensemble_and_values_on_the_command_line_win_wherever_they_stand(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text("ensemble: {lr: [0.1, 0.2]}\ntrainer: {max_steps: 50}\n")
+    first, second = ["--config", str(ROOT / "configs" / "quickstart.yaml")], ["--config", "other.yaml"]
+    for arguments in ([*first, *second, "--trainer.max_steps", "7"], ["--trainer.max_steps", "7", *first, *second]):
+        assert main(["fit", *arguments, "--name", "layers"]) == 0
+        results = dlnlab.load_results(max(Path("lightning_logs/layers").iterdir()))
+        assert dict(results.distance.sizes) == {"lr": 2, "step": 8}
+    assert main(["fit", "--ensemble.seed", "3", *first, *second, "--trainer.max_steps", "2", "--name", "axis"]) == 0
+    assert dict(dlnlab.load_results("lightning_logs/axis/version_0").distance.sizes) == {"lr": 2, "seed": 3, "step": 3}
+
+
 def test_help_is_at_hand_without_torch():
     code = "import sys; from dlnlab.cli import main; assert main(['--help']) == 0; assert 'torch' not in sys.modules"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
