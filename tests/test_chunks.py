@@ -34,7 +34,13 @@ def fit(tmp_path, max_chunk, model=DiagonalLinearNetwork, steps=331, **arguments
     recorder = Recorder(at=[0, 1, 17, 50, 51, 200, 330], variables=["beta", "gain"])
     probe = Probe()
     checkpoints = ModelCheckpoint(tmp_path / str(max_chunk), "{step}", every_n_train_steps=110, save_top_k=-1)
-    callbacks = [MemberGuard(every_n_steps=30), PredictorNorm(every_n_steps=41), GainTracker(at=[13, 99]), recorder, probe]
+    callbacks = [
+        MemberGuard(every_n_steps=30),
+        PredictorNorm(every_n_steps=41),
+        GainTracker(at=[13, 99]),
+        recorder,
+        probe,
+    ]
     trainer = Trainer(max_steps=steps, callbacks=[*callbacks, checkpoints], **QUIET)
     trainer.fit(network, SparseRegression(6, 5, 2, num_test_samples=4))
     return trainer, network, recorder.dataset(), probe
