@@ -275,7 +275,7 @@ class Recorder(Callback):
             axes["batch_size"] = [str(size) for size in axes["batch_size"]]
         attributes = dict(self.attributes)
         if isinstance(self._module, LinearNetwork):
-            attributes["path"] = self._module.path
+            attributes |= {"path": self._module.path, "lr_unit": self._module.lr_unit}
         return axes, coordinates, attributes
 
     def _write_header(self) -> None:

@@ -104,8 +104,12 @@ class Schedule:
         if self.steps is not None:
             index = bisect_right(self.steps, step) + n - 1
             return self.steps[index] if index < len(self.steps) else None
+        period = self.every_n_steps
         first = self.next_after(step)
-        return first + (n - 1) // (2 if self.pairs else 1) * self.every_n_steps
+        if not self.pairs or period == 1:
+            return first + (n - 1) * period
+        count = first % period + n - 1  # from the start of the first pair
+        return first - first % period + count // 2 * period + count % 2
 
     def __contains__(self, step: int) -> bool:
         return self.next_after(step - 1) == step

@@ -262,6 +262,9 @@ def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str]) -> list
     return names + blanks + keys
 
 
+_UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$"}
+
+
 def _x_label(dataset: xr.Dataset) -> str:
-    unit_is_one = "step_size" not in dataset or np.allclose(dataset.step_size / dataset.lr, 1)
-    return r"step size $\gamma$" if unit_is_one else r"step size $\gamma$, in each problem's lr_unit"
+    unit = _UNITS.get(dataset.attrs.get("lr_unit", "one"), dataset.attrs.get("lr_unit"))
+    return rf"step size $\gamma$ {unit}".rstrip()

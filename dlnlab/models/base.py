@@ -42,6 +42,7 @@ from torch.optim import Optimizer
 from dlnlab import checks, streams
 from dlnlab.data.base import Problems
 from dlnlab.ensemble import Ensemble
+from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
 from dlnlab.optim import GainSGD
 from dlnlab.schedule import Schedule
@@ -139,6 +140,7 @@ class LinearNetwork(LightningModule):
 
         self.register_buffer("status", torch.zeros(self.num_members, dtype=torch.int8))
         self.register_buffer("stopped_at", torch.full((self.num_members,), -1, dtype=torch.int64))
+        self.member_loss = MemberLoss(self.num_members)
         self.guard: Guard | None = None
         """Set by `MemberGuard`; without it no member is ever stopped."""
         self.record_schedule: Schedule | None = None
@@ -148,6 +150,7 @@ class LinearNetwork(LightningModule):
         self._records: list[tuple[int, dict[str, Tensor]]] = []
         self._kept: dict[str, Tensor] = {}
         self._optimizer: Optimizer | None = None
+        self._fitted_by: Any = None
         self._seconds_per_step = 0.0
         self._sampled: dict[int, tuple[int, Tensor]] = {}
 
@@ -263,8 +266,12 @@ class LinearNetwork(LightningModule):
         self.unit = LR_UNITS[self.lr_unit](self.problems)[self.problem_index]
         if stage == "fit":
             _refuse_what_manual_optimization_cannot_honour(self.trainer)
-            if self._optimizer is None:
+            if self._fitted_by is not self.trainer:  # another fit starts from the present parameters, at step 0
+                self._fitted_by = self.trainer
                 self._optimizer = self._build_optimizer()
+                self._kept, self._records = {}, []
+                self.status.fill_(RUNNING)
+                self.stopped_at.fill_(-1)
 
     def _check_shapes(self) -> None:
         for name, parameter in self.named_parameters():
@@ -310,10 +317,14 @@ class LinearNetwork(LightningModule):
         try:
             # Where a factory is a partial of a class, its own `lr` is the one in force.
             optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(given))
-        except ValueError as error:
-            if "Tensor lr must be 1-element" in str(error):
+        except (ValueError, RuntimeError) as error:
+            # What torch says of a vector lr, and of any other vector that it compares with a number.
+            refusals = ("Tensor lr must be 1-element", "Boolean value of Tensor")
+            vectors = [name for name, value in given.items() if len(set(value.tolist())) > 1]
+            if vectors and any(refusal in str(error) for refusal in refusals):
                 raise ValueError(
-                    "ensemble.lr: this optimizer takes one lr for all members; use GainSGD, which takes one per member"
+                    f"ensemble.{vectors[0]}: this optimizer takes one {vectors[0]} for all members; use GainSGD, which "
+                    "takes one per member"
                 ) from error
             raise
         per_member = getattr(optimizer, "per_member", ())
@@ -583,23 +594,35 @@ class LinearNetwork(LightningModule):
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = (part.to(self.number_type) for part in batch)
         everyone = torch.arange(self.num_members, device=self.device)
         losses = self.losses(Batch(x, y, everyone, self.problem_index))
-        for label, value in (("median", losses.median()), ("min", losses.min()), ("max", losses.max())):
-            self.log(f"{name}/{label}", value, batch_size=x.shape[1])
+        self.member_loss.update(losses, x.shape[1])
         return losses
 
+    def _log_evaluation(self, name: str) -> None:
+        losses = self.member_loss.compute()
+        self.member_loss.reset()
+        self.log_dict({f"{name}/median": losses.median(), f"{name}/min": losses.min(), f"{name}/max": losses.max()})
+
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Losses (E,) on the training rows; logs median, min and max over members."""
+        """Losses (E,) on some training rows."""
         del batch_idx
-        return self._evaluate(batch, "loss/train")
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the median, smallest and largest loss over members."""
+        self._log_evaluation("loss/train")
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Losses (E,) on the test rows; logs median, min and max over members."""
+        """Losses (E,) on some test rows."""
         del batch_idx
-        return self._evaluate(batch, "loss/test")
+        return self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the median, smallest and largest loss over members."""
+        self._log_evaluation("loss/test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Predictions (E, N[, K]) on the test rows."""

@@ -270,9 +270,8 @@ def test_each_quantity_has_a_panel_of_its_own(grid, ends):
 
 
 def test_the_axis_says_when_step_sizes_are_in_a_unit_of_the_problem(grid):
-    one = grid.assign(step_size=grid.lr * xr.ones_like(grid.seed))
-    assert StepSizeFigure().draw(one).axes[-1].get_xlabel() == r"step size $\gamma$"
-    assert "lr_unit" in StepSizeFigure().draw(one.assign(step_size=2 * one.step_size)).axes[-1].get_xlabel()
+    assert StepSizeFigure().draw(grid.assign_attrs(lr_unit="one")).axes[-1].get_xlabel() == r"step size $\gamma$"
+    assert "max_i |x_i|^2" in StepSizeFigure().draw(grid.assign_attrs(lr_unit="max_row")).axes[-1].get_xlabel()
 
 
 def test_results_are_not_changed_by_drawing_them(grid):
