@@ -87,13 +87,13 @@ def run(
 
 
 def simulate(
-    X: Any,  # noqa: N803 - what everyone calls it
+    X: Any,
     y: Any,
     *,
     steps: int = 10_000,
     model: Callable[..., LinearNetwork] = DiagonalLinearNetwork,
     teacher: Any = None,
-    X_test: Any = None,  # noqa: N803
+    X_test: Any = None,
     y_test: Any = None,
     record: Sequence[str] | Mapping[str, Any] | None = None,
     guard: Mapping[str, Any] | None = None,
