@@ -118,6 +118,7 @@ class Run(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+        args = _configs_first(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
         for _, arguments in _init_args(self.given[self.given.subcommand]):
@@ -393,6 +394,19 @@ def _what_must_agree(resolved: dict[str, Any]) -> dict[str, Any]:
         flatten(section, value)
     flat.pop("model.init_args.max_chunk", None)
     return flat
+
+
+def _configs_first(args: list[str]) -> list[str]:
+    """The same command line with its config files before all else: the parser lets whatever comes later win."""
+    configs, others, rest = [], [], iter(args[1:])
+    for argument in rest:
+        if argument in ("--config", "-c"):
+            configs += [argument, *([following] if (following := next(rest, None)) is not None else [])]
+        elif argument.startswith("--config="):
+            configs.append(argument)
+        else:
+            others.append(argument)
+    return [args[0], *configs, *others]
 
 
 def _load_yaml(text: str) -> Any:

@@ -32,7 +32,7 @@ UNITS = {
     "imbalance": "square of a factor",
     "step_size": "lr times its unit",
     "time": "steps times step size",
-    "stopped_at": "optimizer steps",
+    "stopped_at": "optimizer steps; -1 where the member still runs",
 }
 
 

@@ -327,17 +327,17 @@ class LinearNetwork(LightningModule):
                     "takes one per member"
                 ) from error
             raise
-        per_member = getattr(optimizer, "per_member", ())
+        vectors = getattr(optimizer, "axes", ())
         scaled = bool((self.unit != 1).any())
         for group in optimizer.param_groups:
             if scaled:
-                if "lr" not in per_member:
+                if "lr" not in vectors:
                     raise ValueError(
                         f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members"
                     )
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device) * self.unit.double()
         for name in given:
-            if name not in per_member and len(set(given[name].tolist())) > 1:
+            if name not in vectors and len(set(given[name].tolist())) > 1:
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         return optimizer
 
