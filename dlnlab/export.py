@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -78,7 +77,9 @@ def export(
 
 def _whole(dataset: xr.Dataset, format: str, output: Path) -> dict[Path, Callable[[Path], object]]:
     dataset = dataset.copy()
-    dataset.attrs = {name: value if isinstance(value, str) else json.dumps(value) for name, value in dataset.attrs.items()}
+    dataset.attrs = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in dataset.attrs.items()
+    }
     if format == "netcdf":
         return {output: lambda path: dataset.to_netcdf(path, engine="netcdf4", format="NETCDF4")}
     # Version 2 of the format has a specification of text arrays, and every reader knows it.
