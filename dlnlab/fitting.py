@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ import jsonargparse
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -33,7 +33,10 @@ from dlnlab.files import write_atomic
 from dlnlab.messages import explain
 from dlnlab.models import LinearNetwork
 from dlnlab.results import HEADER, load_results
+from dlnlab.start import Start
 
+MISTAKES = (jsonargparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
+"""What a person's mistake can raise before a fit starts; `explain` has the words for each."""
 _LOGS = "lightning_logs"
 _FIXED = ("ensemble", "model", "data", "seed", "guard", "record")
 """Sections that a resumed run must share with its checkpoint (the model but for max_chunk)."""
@@ -45,14 +48,15 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(1)  # the tensors here are small: more threads wait for each other
     command = argv[0]
     try:
-        with _quiet():
+        with quiet():
             run = Run(argv)
             run.check()
-    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException) as error:
+    except MISTAKES as error:
         print("\n".join(f"dlnlab {command}: {explain(error)}".splitlines()[:3]), file=sys.stderr)
         return 2
-    with _without_noise():
+    with without_noise():
         run.carry_out()
+    run.announce()
     return 0
 
 
@@ -61,10 +65,14 @@ class Run(LightningCLI):
 
     Args:
         argv: The command and its arguments.
+        write: Make a run directory; without it a fit leaves nothing on disk and its results in the recorder.
+        replaced: Axes that take the place of scalars the config gives, where it would be an error to have both.
     """
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
         self.directory: Path | None = None
+        self.write = write
+        self.replaced = tuple(replaced)
         patient = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
@@ -91,6 +99,8 @@ class Run(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="The run is lightning_logs/NAME/version_N; "
                             "the last config file's stem unless given.")  # fmt: skip
         parser.add_argument("--seed", type=int, default=0, help="The root of all random streams.")
+        parser.add_argument("--init_from", type=str | None, default=None, help="RUN or RUN@STEP: a fit starts, at step "
+                            "0, from the parameters of another run's last checkpoint, or the one of STEP.")  # fmt: skip
         parser.add_argument("--ensemble", type=dict[str, Any], default={}, help="Named axes, whose product is the "
                             "members: {lr: {log10: [-2, 0, 9]}, batch_size: [1, full], seed: 20}.")  # fmt: skip
         parser.add_class_arguments(Recorder, "record")
@@ -111,6 +121,9 @@ class Run(LightningCLI):
         args = _configs_first(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
+        for _, arguments in _init_args(self.given[self.given.subcommand]):
+            for name in self.replaced:
+                arguments.pop(name, None)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint here; ours are compared instead (`check`)."""
@@ -144,6 +157,9 @@ class Run(LightningCLI):
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         self.recorder, guard = self.config_init[self.subcommand].record, self.config_init[self.subcommand].guard
+        if not self.write:
+            config |= {"logger": False, "enable_checkpointing": False}
+            chosen = [callback for callback in chosen if not isinstance(callback, Checkpoint)]
         self.wants_logger = config["logger"] in (None, True)
         if self.wants_logger:
             config["logger"] = False
@@ -165,7 +181,7 @@ class Run(LightningCLI):
     # Checking ---------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Set everything up in memory and refuse what cannot run; then, for a fit, claim the run directory.
+        """Set everything up in memory and refuse what cannot run; then, for a fit that writes, claim the run directory.
 
         Raises:
             ValueError, OSError: What is wrong, in words.
@@ -182,6 +198,9 @@ class Run(LightningCLI):
         checkpoint = self._checkpoint()
         if self.subcommand != "fit":
             return
+        start = self._start(checkpoint)
+        if start is not None:
+            start.apply(model)
         self.recorder.prepare(trainer, model)
         for callback in trainer.callbacks:
             if isinstance(callback, Measurement):
@@ -191,6 +210,9 @@ class Run(LightningCLI):
             if [other.name for other in self.figures].count(figure.name) > 1:
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
             figure.check(self._recorded_variables(), self.recorder.ensemble.axes)
+        self._describe(start)
+        if not self.write:
+            return
         if checkpoint is not None:
             self._check_resume(checkpoint)
             self.directory = Path(self._arguments["ckpt_path"]).parent.parent
@@ -207,7 +229,7 @@ class Run(LightningCLI):
     def _name(self) -> str:
         name = self.config.fit.name
         if name is None:
-            files = self.config.fit.config or []
+            files = [file for file in self.config.fit.config or [] if file is not None]  # None: given as text
             name = Path(str(files[-1])).stem if files else type(self.model).__name__
         if not name or name != Path(name).name or name in (".", ".."):
             raise ValueError(f"name = {name!r}: must be the name of a folder, not a path")
@@ -228,6 +250,22 @@ class Run(LightningCLI):
             raise CheckpointError(f"ckpt_path: no checkpoint at {path}")
         return AtomicCheckpointIO().load_checkpoint(path)
 
+    def _start(self, checkpoint: dict[str, Any] | None) -> Start | None:
+        """What the fit starts from, if it is another run; a resumed fit did so when it began."""
+        given = self.config.fit.init_from
+        if checkpoint is None:
+            start = None if given is None else Start.read(given)
+            self.resolved["init_from"] = None if start is None else start.source
+            return start
+        recorded = (checkpoint["dlnlab_config"] or {}).get("init_from")
+        if given is not None and given not in (recorded, str(recorded).rpartition("@")[0]):
+            raise CheckpointError(
+                f"init_from = {given}: the checkpoint's run started from {recorded}; a resume must not change it "
+                "(start a new run instead)"
+            )
+        self.resolved["init_from"] = recorded
+        return None
+
     def _check_resume(self, checkpoint: dict[str, Any]) -> None:
         path = Path(self._arguments["ckpt_path"])
         if not (path.parent.parent / "results" / HEADER).exists():
@@ -242,6 +280,16 @@ class Run(LightningCLI):
                     "a resume must not change it (start a new run instead)"
                 )
 
+    def _describe(self, start: Start | None) -> None:
+        """Tell the recorder what its results shall say about the run."""
+        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
+        versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        config = yaml.safe_dump(self.resolved, sort_keys=False)
+        self.recorder.config = self.resolved
+        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions, indent=1)}
+        if start is not None:
+            self.recorder.attributes["init_from"] = start.provenance
+
     def _tie(self, checkpoint: dict[str, Any] | None) -> None:
         """Point logger, checkpoints, records and config to the run directory."""
         if self.wants_logger:
@@ -254,26 +302,24 @@ class Run(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.directory / "checkpoints")
-        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
-        versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        config = yaml.safe_dump(self.resolved, sort_keys=False)
-        write_atomic(self.directory / "config.yaml", config.encode())
-        write_atomic(self.directory / "versions.json", json.dumps(versions, indent=1).encode())
+        write_atomic(self.directory / "config.yaml", self.recorder.attributes["config"].encode())
+        write_atomic(self.directory / "versions.json", self.recorder.attributes["versions"].encode())
         self.recorder.directory = self.directory
-        self.recorder.config = self.resolved
-        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions)}
 
     # Carrying out -----------------------------------------------------------------------------------------------------
 
     def carry_out(self) -> None:
-        """Do what was asked for; a fit draws its figures and prints its run directory last."""
+        """Do what was asked for; a fit that writes draws its figures."""
         getattr(self.trainer, self.subcommand)(**self._arguments)
-        if self.subcommand != "fit":
-            return
-        if self.figures:
+        if self.subcommand == "fit" and self.write and self.figures:
             dataset = load_results(self.directory)
             saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
             self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
+
+    def announce(self) -> None:
+        """Say how a fit's members ended and, last, where its run directory is."""
+        if self.subcommand != "fit":
+            return
         if isinstance(self.model, LinearNetwork):
             print(f"members: {MemberGuard.summary(self.model)}")
         print(f"run: {self.directory}")
@@ -388,7 +434,7 @@ def _refuse_repeated_keys(node: yaml.Node | None) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what Lightning has to say until it is known that there will be a run."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -404,7 +450,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """Leave out messages of Lightning that do not apply to chunks: loaders, workers, device advertisements."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

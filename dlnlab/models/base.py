@@ -341,6 +341,10 @@ class LinearNetwork(LightningModule):
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         return optimizer
 
+    def restart(self) -> None:
+        """Take the present parameters as the beginning: an optimizer without a past, whose gain is 0 here."""
+        self._optimizer = self._build_optimizer()
+
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
         return self._optimizer
