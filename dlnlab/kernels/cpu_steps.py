@@ -51,7 +51,7 @@ RUNNING, CONVERGED, DIVERGED = range(3)
 
 _LN2 = math.log(2)
 
-part = njit(forceinline=True, error_model="numpy")
+part = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Parts of a kernel: compiled into the one function that is called, `advance`."""
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
 
 class Vector(types.Type):
@@ -115,35 +116,20 @@ def as_integers(typing: Any, pointer: Any) -> Any:
     return integers(pointer), generate
 
 
-@intrinsic
-def _get(typing: Any, pointer: Any, offset: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(builder.gep(args[0], [context.cast(builder, args[1], signature.args[1], types.intp)]))
-
-    return pointer.dtype(pointer, offset), generate
+def _get(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return builder.load(builder.gep(args[0], [context.cast(builder, args[1], signature.args[1], types.intp)]))
 
 
-@intrinsic
-def _set(typing: Any, pointer: Any, offset: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = builder.gep(args[0], [context.cast(builder, args[1], signature.args[1], types.intp)])
-        builder.store(context.cast(builder, args[2], signature.args[2], pointer.dtype), place)
-
-    return types.void(pointer, offset, value), generate
+def _set(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    place = builder.gep(args[0], [context.cast(builder, args[1], signature.args[1], types.intp)])
+    builder.store(context.cast(builder, args[2], signature.args[2], signature.args[0].dtype), place)
+    return context.get_dummy_value()
 
 
-@overload(operator.getitem)
-def _getitem(pointer, offset):  # numba compares signatures, so no annotations
-    if isinstance(pointer, types.CPointer):
-        return lambda pointer, offset: _get(pointer, offset)
-    return None
-
-
-@overload(operator.setitem)
-def _setitem(pointer, offset, value):
-    if isinstance(pointer, types.CPointer):
-        return lambda pointer, offset, value: _set(pointer, offset, value)
-    return None
+def _of_pointers(pointer: Any, offset: Any, *value: Any) -> Any:
+    if not isinstance(pointer, types.CPointer):
+        return None
+    return types.void(pointer, offset, *value) if value else pointer.dtype(pointer, offset)
 
 
 # Vectors --------------------------------------------------------------------------------------------------------------
@@ -280,37 +266,33 @@ def width(typing: Any, a: Any) -> Any:
     return types.int64(a), generate
 
 
-def _arithmetic(symbol: Any, instruction: str) -> None:
-    @intrinsic
-    def apply(typing: Any, a: Any, b: Any) -> Any:
-        assert a == b
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return getattr(builder, instruction)(*args)
-
-        return a(a, b), generate
-
-    @overload(symbol)
-    def vectors(a, b):  # numba compares signatures, so no annotations
-        if isinstance(a, Vector) and isinstance(b, Vector):
-            return lambda a, b: apply(a, b)
-        return None
+# Operators ------------------------------------------------------------------------------------------------------------
 
 
-for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    _arithmetic(_symbol, _instruction)
+def _arithmetic(instruction: str) -> Any:
+    return lambda context, builder, signature, args: getattr(builder, instruction)(*args)
 
 
-@overload(operator.neg)
-def _negative(a):
-    if isinstance(a, Vector):
-        return lambda a: _negate(a)
-    return None
+def _of_vectors(*vectors: Any) -> Any:
+    return vectors[0](*vectors) if isinstance(vectors[0], Vector) and len(set(vectors)) == 1 else None
 
 
-@intrinsic
-def _negate(typing: Any, a: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fneg(args[0])
+def _teach(symbol: Any, signature_of: Any, generate: Any, *kinds: Any) -> None:
+    """An operator of our types. (`numba.extending.overload` would do, but compiles a function for each.)"""
 
-    return a(a), generate
+    class Template(AbstractTemplate):
+        key = symbol
+
+        def generic(self, args: Any, kws: Any) -> Any:
+            return signature_of(*args)
+
+    infer_global(symbol)(Template)
+    lower_builtin(symbol, *kinds)(generate)
+
+
+_teach(operator.getitem, _of_pointers, _get, types.CPointer, types.Any)
+_teach(operator.setitem, _of_pointers, _set, types.CPointer, types.Any, types.Any)
+_teach(operator.add, _of_vectors, _arithmetic("fadd"), Vector, Vector)
+_teach(operator.sub, _of_vectors, _arithmetic("fsub"), Vector, Vector)
+_teach(operator.mul, _of_vectors, _arithmetic("fmul"), Vector, Vector)
+_teach(operator.neg, _of_vectors, _arithmetic("fneg"), Vector)
