@@ -258,7 +258,10 @@ def _hold(w, initial, product, exponent, log_decay, size, lanes, floor, near):
 def _times(matrix, at, stride, num_out, num_in, v, out):
     """out_i = sum_j matrix_ji v_j for one member, several i at a time; `num_out` is a multiple of 8."""
     i = 0
-    while num_out - i >= 32:
+    while num_out - i >= 64:
+        store(out, i, _chains(matrix, at + i, stride, num_in, v, zeros(out, 64)))
+        i += 64
+    if num_out - i >= 32:
         store(out, i, _chains(matrix, at + i, stride, num_in, v, zeros(out, 32)))
         i += 32
     if num_out - i >= 16:
@@ -464,10 +467,31 @@ def _single_row_steps(work, problems, p, decay, rows, start, stop):
             store(work.w_plus, o, plus)
             store(work.w_minus, o, minus)
             partial = fma(load(problems.x, there + o, zero), fma(-minus, minus, plus * plus), partial)
-            _accumulate(work, o, double(x))
+        work.residual[step - start] = factor
         size = abs(np.float64(factor))
         work.square_sum[0] += size * size * problems.squares[p * problems.num_samples + i]
         work.largest_step[0] = max(work.largest_step[0], size * problems.peaks[p * problems.num_samples + i])
+
+
+@part
+def _accumulate_rows(work, problems, p, rows, count):
+    """The gain's part of `count` steps x = factor x_i at once, the factors being left in `work.residual`.
+
+    Coordinate by coordinate the same multiplications in the same order as step by step, but in registers.
+    """
+    num_rows, columns = problems.rows, problems.columns
+    zero = zeros(work.beta, PAD)
+    wide = double(zero)
+    for o in range(0, columns, PAD):
+        plus, minus = load(work.product_plus, o, wide), load(work.product_minus, o, wide)
+        step_sum = load(work.step_sum, o, wide)
+        for t in range(count):
+            row = load(problems.x, (p * num_rows + rows[t]) * columns + o, zero)
+            x = double(spread(work.residual, t, zero) * row)
+            plus, minus, step_sum = fma(-x, plus, plus), fma(x, minus, minus), step_sum + x
+        store(work.product_plus, o, plus)
+        store(work.product_minus, o, minus)
+        store(work.step_sum, o, step_sum)
 
 
 # Checks and records ---------------------------------------------------------------------------------------------------
@@ -655,6 +679,8 @@ def _steps(work, lanes, members, block, problems, rows, order, start, stop):
             _single_row_steps(work, problems, p, splat(work.decay[0], zeros(work.beta, PAD)), rows, start, stop)
         else:
             _single_row_steps(work, problems, p, None, rows, start, stop)
+        if count == 1:
+            _accumulate_rows(work, problems, p, rows, stop - start)
     for lane in range(lanes):
         if work.decay[lane] != 1:
             log_decay = math.log(np.float64(work.decay[lane]))

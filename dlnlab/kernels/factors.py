@@ -122,16 +122,16 @@ class Factors:
 
     def log_plus(self) -> Tensor:
         """Ln of the product of |1 - x|."""
-        return torch.log(self.product_plus.abs()) + self.exponent_plus * math.log(2)
+        return torch.log(self.product_plus.abs()) + self.exponent_plus.double() * math.log(2)
 
     def log_minus(self) -> Tensor:
         """Ln of the product of |1 + x|."""
-        return torch.log(self.product_minus.abs()) + self.exponent_minus * math.log(2)
+        return torch.log(self.product_minus.abs()) + self.exponent_minus.double() * math.log(2)
 
     def gain(self) -> Tensor:
         """Sum of q(x) = -ln|1 - x^2|."""
         return -(torch.log((self.product_plus * self.product_minus).abs())
-                 + (self.exponent_plus + self.exponent_minus) * math.log(2))  # fmt: skip
+                 + (self.exponent_plus + self.exponent_minus).double() * math.log(2))  # fmt: skip
 
     def gain_plus(self) -> Tensor:
         """Sum of q+(x) = -2 x - ln (1 - x)^2."""

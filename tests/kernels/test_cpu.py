@@ -82,21 +82,25 @@ def reference(setting, start, stop):
         p, size, std = int(setting.problem[m]), int(setting.batches.size[m]), float(setting.batches.noise_std[m])
         lr, decay, state = setting.lr[m], setting.decay[m], setting.state
 
-        def gradient(beta, step, m=m, p=p, size=size, std=std, lr=lr, decay=decay, state=state):
-            rows = torch.arange(n)
-            if size:
-                kind = streams.SAMPLINGS[int(setting.batches.sampling[m])]
-                rows = streams.sample(kind, setting.batches.sampling_key[m], step, step + 1, size, n)[0]
-            key = setting.batches.noise_key[m]
-            noise = std * streams.normals(key, torch.tensor([step]), len(rows))[0].to(x.dtype)
-            g = x[p, rows].T @ (x[p, rows] @ beta - y[p, rows] - noise) / len(rows)
-            step_taken = (lr / decay * g).double()
-            state.square_sum[m] += step_taken.square().sum()
-            state.largest_step[m] = max(state.largest_step[m], step_taken.abs().max())
+        steps, rows = torch.arange(start, stop), torch.arange(n).expand(stop - start, n)
+        if size:
+            kind = streams.SAMPLINGS[int(setting.batches.sampling[m])]
+            rows = streams.sample(kind, setting.batches.sampling_key[m], start, stop, size, n)
+        noise = std * streams.normals(setting.batches.noise_key[m], steps, rows.shape[1]).to(x.dtype)
+        xs, targets = x[p, rows], y[p, rows] + noise
+        taken = []
+
+        def gradient(beta, step, xs=xs, targets=targets, taken=taken):
+            rows = xs[step - start]
+            g = (rows @ beta - targets[step - start]) @ rows / len(rows)
+            taken.append(g)
             return g
 
         row = setting.state.factors.map(lambda tensor, m=m: tensor[m])
         diagonal_steps(row, lr, decay, gradient, start, stop)
+        x_steps = (lr / decay * torch.stack(taken)).double()
+        state.square_sum[m] += x_steps.square().sum()
+        state.largest_step[m] = torch.maximum(state.largest_step[m], x_steps.abs().max())
 
 
 def tensors(setting):
@@ -147,9 +151,9 @@ def test_one_step_agrees_with_the_reference_to_the_last_places(kind, dtype, num_
     assert_close(ours, theirs, SUM_ULPS * torch.finfo(dtype).eps)
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["full batches", "single rows", "all of it"])
 def test_ten_thousand_stable_steps_agree_with_the_reference(kind):
-    ours = make(**kind)
+    ours = make(num_members=5 if kind == "all of it" else 1, **EVERY_KIND[kind])
     theirs = ours.clone()
     ours.advance(0, 10_000)
     reference(theirs, 0, 10_000)
@@ -170,17 +174,17 @@ def test_shapes_beside_and_beyond_the_padding_agree_with_the_reference(n, d, num
 # Laws ----------------------------------------------------------------------------------------------------------------
 
 
-def edge(num_members=1):
-    """Gradient descent at the edge of stability: it oscillates and does not converge for long."""
-    return make(num_members=num_members, n=20, d=30, num_problems=1, lr=0.09, scale=0.1, seed=3)
+def edge(lr):
+    """Gradient descent that has no stable minimum to go to: it oscillates for ever, and its gain grows."""
+    return make(num_members=1, n=20, d=30, num_problems=1, lr=lr, scale=0.1, seed=3)
 
 
 def test_products_sum_and_decay_carry_w_exactly_at_the_edge_of_stability():
-    setting, steps = edge(), 20_000
+    setting, steps = edge(0.35), 4000
     setting.advance(0, steps)
     factors = setting.state.factors
-    assert factors.gain().max() > 1
-    assert setting.state.largest_step.max() > 0.1
+    assert factors.gain().max() > 100
+    assert setting.state.largest_step.max() > 0.8
     for w, initial, log in (
         (factors.w_plus, factors.initial_plus, factors.log_plus()),
         (factors.w_minus, factors.initial_minus, factors.log_minus()),
@@ -198,18 +202,21 @@ def test_path_sums_bound_the_gain():
     assert (gain <= 2 * squares * (1 + 1e-12)).all()
 
 
-def test_the_gain_passes_hundreds_while_factors_keep_to_floating_point():
-    # With noisy labels the path never settles, so the gain grows for ever while w- leaves the range of doubles.
-    setting = make(num_members=2, n=4, d=3, num_problems=1, lr=0.4, scale=0.3, noise=(0.5,), sizes=(0, 2))
-    theirs = setting.clone()
-    setting.advance(0, 4000)
-    reference(theirs, 0, 320)
-    early = theirs.clone()
-    assert early.state.factors.gain().isfinite().all()
+def test_factors_stay_within_floating_point_while_the_gain_passes_thousands():
+    setting = edge(0.4)
     factors = setting.state.factors
-    assert factors.gain().max() > 1400
-    assert (torch.minimum(factors.w_plus.abs(), factors.w_minus.abs()) > 1e-140).all()
-    assert factors.w_plus.isfinite().all() and factors.w_minus.isfinite().all()
+    for start, gain in ((0, 700), (6000, 1400)):
+        setting.advance(start, start + 6000 if start == 0 else 20_000)
+        assert factors.gain().isfinite().all()
+        assert factors.gain().max() > gain
+        for w, initial, log in (
+            (factors.w_plus, factors.initial_plus, factors.log_plus()),
+            (factors.w_minus, factors.initial_minus, factors.log_minus()),
+        ):
+            true = initial.abs().log() + log
+            assert (w.abs() > 1e-145).all()  # above the floor 1e-138 but for what one period takes away
+            kept = true > -250  # those above the floor are what they would be without it
+            torch.testing.assert_close(w.abs().log()[kept], true[kept], atol=1e-11, rtol=0)  # 1e-15 sqrt(T) log(w)
 
 
 @pytest.mark.parametrize("num_members", [2, 16])
@@ -348,10 +355,10 @@ def guarded_reference(setting, stop, tol, bound, every_n_steps):
 
 
 @pytest.mark.parametrize("sizes", [(0,), (1,), (2, 0)])
-@pytest.mark.parametrize("num_members", [7, 40])
+@pytest.mark.parametrize("num_members", [5, 12])
 def test_the_guard_freezes_and_takes_back_as_the_reference_does(sizes, num_members):
     setting = make(num_members=num_members, sizes=sizes, num_problems=1, lr=0.03, scale=0.5)
-    setting.lr[1::5] = 50.0  # these diverge at once
+    setting.lr[1::4] = 50.0  # these diverge at once
     theirs = setting.clone()
     status, stopped_at = torch.zeros(num_members, dtype=torch.int8), torch.full((num_members,), -1)
     guard = Guard(1e-8, 1e10, 20, setting.state.clone())
