@@ -1,17 +1,14 @@
 """What does one step of one member cost in the CPU kernel, against the shortest NumPy loop that keeps the gain?
 
-    taskset -c 0 python benchmarks/diagonal_kernel.py
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 taskset -c 0 python benchmarks/diagonal_kernel.py
 
 Contenders of a row take turns, and the medians of their rounds are printed: on a shared machine trust the ratios only.
 """
 
 import argparse
-import os
 import statistics
 import time
-
-for _library in ("OMP", "OPENBLAS", "MKL"):
-    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,27 +56,40 @@ class Kernel:
         self.guard = Guard(0.0, 1e10, 100, self.state.clone())
         self.now = 0
 
-    def run(self, steps, num_threads):
+    def run(self, steps):
         """That many more steps."""
-        state = self.state, self.lr, None, self.problem, self.batches
-        taken = self.kernel.advance(
-            *state, self.now, self.now + steps, guard=self.guard, num_threads=num_threads, status=None
-        )
+        members = self.state, self.lr, None, self.problem, self.batches
+        taken = self.kernel.advance(*members, self.now, self.now + steps, guard=self.guard)
         assert taken == steps, "a member stopped: the rates would be wrong"
         self.now += steps
 
 
-def seconds(run):
+def seconds(run, steps):
+    """Processor time of one call."""
     began = time.process_time()
-    run()
+    run(steps)
     return time.process_time() - began
+
+
+def steps_in(run, target):
+    """How many steps take about that many seconds."""
+    steps = 1
+    while (took := seconds(run, steps)) < 0.2 * target:
+        steps *= 4
+    return max(1, round(steps * target / took))
+
+
+def compare(contenders, rounds, target):
+    """Seconds per step of each contender: the median of rounds in which they take turns."""
+    steps = [steps_in(run, target) for run in contenders]
+    times = [[seconds(run, k) / k for run, k in zip(contenders, steps, strict=True)] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.05, help="per round and contender")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true")
     arguments = parser.parse_args()
     dtype = torch.float32 if arguments.float32 else torch.float64
@@ -89,30 +99,14 @@ def main():
         x, teacher = rng.standard_normal((n, d)), np.zeros(d)
         teacher[:3] = 1.0
         y = x @ teacher
-        for batch_size, lean in ((0, numpy_full), (1, numpy_sampled)):
-            lr = 0.05 if batch_size == 0 else 0.2 / d
+        for batch_size, lean, lr in ((0, numpy_full, 0.05), (1, numpy_sampled, 0.2 / d)):
             kernel = Kernel(x, y, lr, members, batch_size, dtype)
-            kernel.run(1, 1)  # compiles
-            steps = {}
-            for name, run in (
-                ("numpy", lambda k: lean(x, y, lr, k)),
-                ("kernel", lambda k: kernel.run(k, arguments.threads)),
-            ):  # noqa: B023, E501
-                k = 1
-                while (took := seconds(lambda: run(k))) < 0.2 * arguments.seconds:  # noqa: B023
-                    k *= 4
-                steps[name] = max(1, round(k * arguments.seconds / took))
-            rounds = [
-                (
-                    seconds(lambda: lean(x, y, lr, steps["numpy"])) / steps["numpy"],  # noqa: B023
-                    seconds(lambda: kernel.run(steps["kernel"], arguments.threads)) / steps["kernel"] / members,  # noqa: B023
-                )
-                for _ in range(arguments.rounds)
-            ]
-            lean_ns, kernel_ns = (1e9 * statistics.median(column) for column in zip(*rounds, strict=True))
-            batch = "full" if batch_size == 0 else str(batch_size)
-            print(f"{f'({n}, {d})':>12} {members:>5} {batch:>5} {lean_ns:9.0f} {kernel_ns:9.1f} {lean_ns / kernel_ns:7.1f}",
-                  flush=True)  # fmt: skip
+            kernel.run(1)  # compiles
+            contenders = (partial(lean, x, y, lr), kernel.run)
+            lean_ns, kernel_ns = (1e9 * s for s in compare(contenders, arguments.rounds, arguments.seconds))
+            kernel_ns /= members
+            print(f"{f'({n}, {d})':>12} {members:>5} {batch_size or 'full':>5} {lean_ns:9.0f} {kernel_ns:9.1f} "
+                  f"{lean_ns / kernel_ns:7.1f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from torch import Tensor
 from dlnlab import checks
 from dlnlab.schedule import expand
 
+MOST_MEMBERS = 1_000_000
+"""Beyond this even the members' names do not fit into memory comfortably."""
+
 
 def _check_lr(where: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ValueError(f"{where} = {value!r}: a step size must be positive and finite")
-    return float(value)
+    return checks.positive(where, value, "a step size")
 
 
 def _check_seed(where: str, value: Any) -> Any:
@@ -24,9 +25,12 @@ def _check_seed(where: str, value: Any) -> Any:
 def _check_value(where: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} = {value!r}: must be a finite number or a text")
-    return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return checks.integer(where, value, at_least=-checks.LARGEST)
+    try:
+        return checks.number(where, value)
+    except ValueError as error:
+        raise ValueError(f"{error} or a text") from None
 
 
 _CHECKS = {"lr": _check_lr, "seed": _check_seed}
@@ -58,14 +62,20 @@ class Ensemble:
         self.axes: dict[str, list[Any]] = {}
         for name, spec in axes.items():
             if name == "seed" and isinstance(spec, int) and not isinstance(spec, bool):
-                spec = {"range": checks.integer("ensemble.seed", spec, at_least=1)}
+                spec = {"range": checks.integer("ensemble.seed", spec, at_least=1, at_most=MOST_MEMBERS)}
             where = f"ensemble.{name}"
             check = _CHECKS.get(name, _check_value)
             values = [check(f"{where}[{i}]", value) for i, value in enumerate(expand(spec, where))]
+            first: dict[Any, int] = {}
             for i, value in enumerate(values):
-                if value in values[:i]:
-                    raise ValueError(f"{where}[{i}] = {value!r} repeats {where}[{values.index(value)}]: give it once")
+                if first.setdefault(value, i) != i:
+                    raise ValueError(f"{where}[{i}] = {value!r} repeats {where}[{first[value]}]: give it once")
             self.axes[name] = values
+        if self.num_members > MOST_MEMBERS:
+            raise ValueError(
+                f"ensemble: {self.num_members:,} members would need more than {self.num_members * 1024:,} bytes; "
+                f"at most {MOST_MEMBERS:,} fit into one run"
+            )
         self.data_axes: tuple[str, ...] = ()
         """The axes that change the data, set by the data in its setup."""
 

@@ -1,7 +1,7 @@
 """What was measured, when and for whom -> result segments and TensorBoard. The only place that knows tags."""
 
+import contextlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
 from dlnlab import checks, results
+from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.models import LinearNetwork
 from dlnlab.schedule import Schedule
@@ -82,7 +83,7 @@ class Recorder(Callback):
     Args:
         every_n_steps: Record every so many optimizer steps.
         at: Record at these steps: `[0, 10, 100]`, `{log10: [0, 5, 60]}`, .... Step 0 and the last step are always
-            recorded. With neither, 60 steps evenly spaced in their logarithm.
+            recorded. With neither, 12 steps per decade, evenly spaced in their logarithm.
         variables: What to record; None is those of train_loss, test_loss, distance and gain that are defined.
         pairs: Record step k + 1 with every step k (period 2 at the edge of stability).
         max_runs: At most so many cells of the grid become TensorBoard runs, evenly chosen.
@@ -99,10 +100,8 @@ class Recorder(Callback):
         pairs: bool = False,
         max_runs: int = 64,
     ) -> None:
-        if every_n_steps is not None and at is not None:
-            raise ValueError("record: give every_n_steps or at, not both")
-        self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at, pairs)
-        self.pairs = pairs
+        self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at, pairs, "record")
+        self.pairs = checks.flag("record.pairs", pairs)
         self.variables = variables
         self.max_runs = checks.integer("record.max_runs", max_runs, at_least=1)
         self.directory: Path | None = None
@@ -121,7 +120,10 @@ class Recorder(Callback):
         self._num_segments = 0
         self._restored: dict[str, Any] | None = None
         self._event_files: dict[str, EventFile] = {}
-        self._names: tuple[str, ...] = ()
+        self.names: tuple[str, ...] = ()
+        """The model's variables that are recorded, once the fit is prepared."""
+        self.config: dict[str, Any] | None = None
+        """The resolved config, which every checkpoint carries."""
         self._module: LightningModule | None = None
 
     # The fit ----------------------------------------------------------------------------------------------------------
@@ -129,13 +131,14 @@ class Recorder(Callback):
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Check that all that is asked for exists; the model has been set up."""
         if self.schedule is None:
-            last = max(trainer.max_steps, 1)
-            self.schedule = Schedule(at={"log10": [0, math.log10(last), 60]}, pairs=self.pairs)
+            # It does not depend on max_steps, so that a run that is extended records what a longer one would have.
+            self.schedule = Schedule(at={"log10": [0, 12, 145]}, pairs=self.pairs)
         self._module = module
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
-            self._names = self._check_variables(module)
-            module.record_schedule, module.record_variables = self.schedule, self._names
+            self.names = self._check_variables(module)
+            self._check_memory(module)
+            module.record_schedule, module.record_variables = self.schedule, self._variable_names()
         elif self.variables is not None:
             raise ValueError(f"record.variables: {type(module).__name__} is no LinearNetwork and states no variables")
 
@@ -149,6 +152,19 @@ class Recorder(Callback):
             if not callable(defined[name]):
                 raise ValueError(f"record.variables: {name} is not defined here: {defined[name]}")
         return tuple(dict.fromkeys(self.variables))
+
+    def _check_memory(self, module: LinearNetwork) -> None:
+        """Refuse records too large to be held until their segment is written."""
+        variables = module.variables()
+        with torch.no_grad():
+            each = sum(found.numel() * found.element_size() for found in (variables[name]() for name in self.names))
+        refuse_beyond_memory(
+            4 * max(each, _SEGMENT_BYTES),  # recorded, stacked, as a file in memory, and its checksummed copy
+            module.device,
+            "record.variables",
+            f"one record of {', '.join(self.names)} has {each:,}",
+            "record less, or use fewer members",
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare, where `prepare` was not called before."""
@@ -169,7 +185,7 @@ class Recorder(Callback):
             self.record(0, pl_module.measure(self._variable_names()))
 
     def _variable_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self._names, "time")))
+        return tuple(dict.fromkeys((*self.names, "time")))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Collect what the chunk has recorded."""
@@ -207,6 +223,12 @@ class Recorder(Callback):
             if due:
                 self.record(step, module.measure(due), final=True)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what was recorded until then; a disk that is full must not hide what happened."""
+        del trainer, pl_module, exception
+        with contextlib.suppress(OSError):
+            self.flush()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write what is left, the last step's extra records in a segment of their own that no checkpoint counts."""
         del trainer, pl_module, stage
@@ -228,6 +250,8 @@ class Recorder(Callback):
         pending, size = self._final if final else self._pending, 0
         for name, value in values.items():
             steps, found = pending.setdefault(name, ([], []))
+            if steps and steps[-1] == step:  # the model's own variable and a measurement's are the same
+                continue
             steps.append(step)
             found.append(value)
             size += value.numel() * value.element_size()
@@ -271,7 +295,7 @@ class Recorder(Callback):
             axes["batch_size"] = [str(size) for size in axes["batch_size"]]
         attributes = dict(self.attributes)
         if isinstance(self._module, LinearNetwork):
-            attributes["path"] = self._module.path
+            attributes |= {"path": self._module.path, "lr_unit": self._module.lr_unit}
         return axes, coordinates, attributes
 
     def _write_header(self) -> None:
@@ -326,6 +350,14 @@ class Recorder(Callback):
                                 _add(moments, steps, f"{tag}_log10{suffix}", np.log10(numbers))
             file.add(sorted(moments.items()))
 
+    def add_images(self, pictures: dict[str, Path]) -> None:
+        """Show pictures (PNG) in the run's TensorBoard page as `figures/<name>`, in place of earlier ones."""
+        values = [
+            Summary.Value(tag=f"figures/{name}", image=Summary.Image(encoded_image_string=path.read_bytes()))
+            for name, path in pictures.items()
+        ]
+        EventFile(self.directory, length=0).add([(max(self._last_recorded.values(), default=0), values)])
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -333,6 +365,11 @@ class Recorder(Callback):
         self.flush()
         events = {self._cell_names[cell]: file.length for cell, file in self._event_files.items()}
         return {"segments": self._num_segments, "last_recorded": dict(self._last_recorded), "events": events}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the resolved config, with which a resumed run is compared."""
+        del trainer, pl_module
+        checkpoint["dlnlab_config"] = self.config
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""

@@ -32,7 +32,7 @@ UNITS = {
     "imbalance": "square of a factor",
     "step_size": "lr times its unit",
     "time": "steps times step size",
-    "stopped_at": "optimizer steps",
+    "stopped_at": "optimizer steps; -1 where the member still runs",
 }
 
 
@@ -106,6 +106,7 @@ def load_results(run: str | Path) -> xr.Dataset:
         Variables over the ensemble's axes in the order written (an axis of length 1 is kept), then `step`, then
         `coordinate` (`index` for spectra, `row` and `column` for matrices), float64. `step` is the union of all
         schedules: NaN where a variable was not recorded. `status` is text; `stopped_at` and `step_size` have no step.
+        `encoding["source"]` is the run directory.
 
     Raises:
         FileNotFoundError: If the folder is no run.
@@ -122,7 +123,9 @@ def load_results(run: str | Path) -> xr.Dataset:
             parts.append(read_segment(path))
         except DamagedFileError as error:
             raise ResultError(f"{error}; move it and the later segments away to read those before it") from None
-    return _assemble(header, parts)
+    dataset = _assemble(header, parts)
+    dataset.encoding["source"] = str(run)  # where xarray says what it has read
+    return dataset
 
 
 def _assemble(header: dict, parts: Iterable[dict[str, np.ndarray]]) -> xr.Dataset:

@@ -198,7 +198,7 @@ class Stream:
     def signs(self, purpose: str, shape: Sequence[int], step: int = 0) -> Tensor:
         """Independent fair signs, -1.0 or 1.0, of the given shape, float64."""
         bits = indices(*self._key_and_step(purpose, step), math.prod(shape), 2)
-        return (2.0 * bits - 1.0).reshape(*shape)
+        return (2.0 * bits.double() - 1.0).reshape(*shape)
 
     def subset(self, purpose: str, count: int, size: int, step: int = 0) -> Tensor:
         """`count` distinct indices out of `size`, in random order, int64."""

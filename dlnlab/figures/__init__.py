@@ -1,1 +1,9 @@
 """Recorded results -> figures."""
+
+from dlnlab.figures.base import Figure
+from dlnlab.figures.step_size import StepSizeFigure
+
+__all__ = [
+    "Figure",
+    "StepSizeFigure",
+]

@@ -11,7 +11,7 @@ on the ensemble, its order, the number of threads or where calls begin and end. 
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch

@@ -3,8 +3,7 @@
 Read from the bottom up: `advance` takes one block of members after another from the first step to the last, stopping at
 every renormalisation, check and record; three kinds of steps move it in between:
 
-- `_single_row_steps`: one member, mini-batches of one row, where one pass over the coordinates ends a step and begins
-  the next;
+- `_single_row_steps`: one member, mini-batches of one row; the pass over the coordinates that ends a step begins the next;
 - `_sampled_steps`: one member, mini-batches of several rows;
 - `_full_steps`: full batches, one member or `LANES` members of one problem side by side.
 
@@ -13,9 +12,12 @@ terms in two chains, whether the vectors in registers hold several outputs of on
 several members (`_times_lanes`). Everything else is element by element, or done member by member.
 
 Kernels are called with named tuples of arrays and pass them on as named tuples of pointers (`vectors.pointers`), so row
-m of an (E, D) array begins at m D. The arrays of a block's `Work` are flat, coordinate after coordinate, and within a coordinate lane after lane. A single member
-is a block of one lane. Coordinates are padded to a multiple of `PAD` with w+ = w- = 1 and columns of zeros in x, which
-move nothing.
+m of an (E, D) array begins at m D. The arrays of a block's `Work` are flat: coordinate after coordinate, and within a
+coordinate lane after lane; a single member is a block of one lane. Coordinates are padded to a multiple of `PAD` with
+w+ = w- = 1 and columns of zeros in x, which move nothing.
+
+The compiled code is kept on disk and made anew when this file changes: after changing `vectors` or `cpu_streams` alone,
+touch this file.
 """
 
 import math

@@ -113,7 +113,7 @@ class Factors:
             (self.w_plus, low_plus, self.initial_plus, self.log_plus, self.product_plus),
             (self.w_minus, low_minus, self.initial_minus, self.log_minus, self.product_minus),
         ):
-            low &= initial != 0  # a factor that starts at zero stays there
+            low &= (initial != 0) & (product != 0)  # a factor that starts at zero, or is multiplied by it, stays there
             if low.any():
                 size = torch.exp(torch.log(initial.abs()) + self.log_decay + log_abs()).clamp(min=floor)
                 sign = torch.where((initial < 0) ^ (product < 0), -1.0, 1.0)
@@ -130,8 +130,8 @@ class Factors:
 
     def gain(self) -> Tensor:
         """Sum of q(x) = -ln|1 - x^2|."""
-        return -(torch.log((self.product_plus * self.product_minus).abs())
-                 + (self.exponent_plus + self.exponent_minus).double() * math.log(2))  # fmt: skip
+        exponent = (self.exponent_plus + self.exponent_minus).double()  # times a number, an int64 would become float32
+        return -(torch.log((self.product_plus * self.product_minus).abs()) + exponent * math.log(2))
 
     def gain_plus(self) -> Tensor:
         """Sum of q+(x) = -2 x - ln (1 - x)^2."""

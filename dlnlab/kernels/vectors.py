@@ -2,7 +2,7 @@
 
 Left to itself a compiler picks the order of a sum from the shape of the loop around it, so the same member would get other
 bits in another layout. Here a kernel says what is added to what, and where a product and a sum share one rounding (`fma`).
-LLVM maps the vectors to whatever registers the processor has; the results are the same on each.
+LLVM maps the vectors to whatever registers the processor has; sums and products are the same on each.
 
 A vector's width is a power of two and part of its type. Functions that make one take `like`, a vector of the width wanted.
 """
@@ -278,7 +278,7 @@ def _of_vectors(*vectors: Any) -> Any:
 
 
 def _teach(symbol: Any, signature_of: Any, generate: Any, *kinds: Any) -> None:
-    """An operator of our types. (`numba.extending.overload` would do, but compiles a function for each.)"""
+    """Teach numba an operator of our types (its `overload` would do, but compiles a function for each)."""
 
     class Template(AbstractTemplate):
         key = symbol

@@ -55,8 +55,8 @@ class GainSGD(Optimizer):
         True
     """
 
-    per_member = ("lr", "weight_decay")
-    """The arguments that may be a tensor with one entry per member."""
+    axes = ("lr", "weight_decay")
+    """The arguments that may be axes of the ensemble: tensors with one entry per member."""
 
     def __init__(
         self,

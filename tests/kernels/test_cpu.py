@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_a_member_has_the_same_bits_in_any_company_order_chunking_and_thread(
     chosen = torch.tensor(order[:num_members])
     some = everyone.pick(chosen).clone()
     everyone.advance(0, 150)
-    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 150], strict=True):
+    for start, stop in pairwise([0, *sorted(cuts), 150]):
         some.advance(start, stop, num_threads=num_threads)
     assert_same_bits(some, everyone.pick(chosen))
 
@@ -376,7 +377,7 @@ def test_the_guard_is_the_same_however_a_run_is_cut():
     for cuts in ([0, 3000], [0, 3, 50, 64, 65, 1000, 3000]):
         setting, kept = whole.clone(), whole.state.clone()
         status, stopped_at = torch.zeros(20, dtype=torch.int8), torch.full((20,), -1)
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             setting.advance(start, stop, status=status, stopped_at=stopped_at, guard=Guard(1e-6, 1e10, 50, kept))
         results.append((setting, status, stopped_at))
     assert_same_bits(results[0][0], results[1][0])

@@ -1,0 +1,144 @@
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dlnlab
+from dlnlab.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+SMALL = ["--trainer.max_steps", "30", "--ensemble.seed", "2"]
+
+
+def command_line(*arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "dlnlab", *arguments], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+
+
+def run_directory(finished, cwd):
+    assert finished.returncode == 0, finished.stderr
+    last = finished.stdout.splitlines()[-1]
+    assert last.startswith("run: lightning_logs/")
+    return cwd / last.removeprefix("run: ")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_record(
+    config, tmp_path, monkeypatch, capsys
+):
+    run = run_directory(command_line("fit", "--config", str(ROOT / config), *SMALL, cwd=tmp_path), tmp_path)
+    assert run == tmp_path / "lightning_logs" / Path(config).stem / "version_0"
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "versions.json",
+        "results",
+        "checkpoints",
+        "figures",
+    }
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".pdf", ".csv"}
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
+    again = tmp_path / capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
+    first, second = dlnlab.load_results(run), dlnlab.load_results(again)
+    assert first.sizes["seed"] == 2
+    assert int(first.step[-1]) == 30
+    assert first.equals(second)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_opens_with_its_question_and_its_source(config):
+    header = (ROOT / config).read_text().split("\nensemble")[0]
+    assert header.startswith("# ")
+    assert re.search(r"\?|\.", header.splitlines()[0])
+    assert "ook at" in header
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    commands = [line.split("&&")[-1].strip() for block in blocks for line in block.splitlines()]
+    ours = [shlex.split(line)[3:] for line in commands if line.startswith("python -m dlnlab")]
+    assert len(ours) == 3
+    for arguments in ours:
+        small = [] if "--print_config" in arguments else SMALL
+        finished = command_line(*arguments, *small, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr == ""
+
+
+def test_later_configs_replace_the_ensemble_and_values_on_the_command_line_win_wherever_they_stand(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text("ensemble: {lr: [0.1, 0.2]}\ntrainer: {max_steps: 50}\n")
+    first, second = ["--config", str(ROOT / "configs" / "quickstart.yaml")], ["--config", "other.yaml"]
+    for arguments in ([*first, *second, "--trainer.max_steps", "7"], ["--trainer.max_steps", "7", *first, *second]):
+        assert main(["fit", *arguments, "--name", "layers"]) == 0
+        results = dlnlab.load_results(max(Path("lightning_logs/layers").iterdir()))
+        assert dict(results.distance.sizes) == {"lr": 2, "step": 8}
+    assert main(["fit", "--ensemble.seed", "3", *first, *second, "--trainer.max_steps", "2", "--name", "axis"]) == 0
+    assert dict(dlnlab.load_results("lightning_logs/axis/version_0").distance.sizes) == {"lr": 2, "seed": 3, "step": 3}
+
+
+def test_help_is_at_hand_without_torch():
+    code = "import sys; from dlnlab.cli import main; assert main(['--help']) == 0; assert 'torch' not in sys.modules"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    assert "fit" in finished.stdout
+
+
+def test_an_unknown_command_lists_the_known_ones(tmp_path):
+    finished = command_line("train", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "fit" in finished.stderr
+
+
+def test_validate_and_test_give_the_losses_of_a_checkpoint(tmp_path):
+    config, small = str(ROOT / "configs" / "quickstart.yaml"), [*SMALL, "--ensemble.lr", "[0.05, 0.1]"]
+    run = run_directory(command_line("fit", "--config", config, *small, cwd=tmp_path), tmp_path)
+    losses = dlnlab.load_results(run).isel(step=-1)
+    for command, variable in (("validate", losses.train_loss), ("test", losses.test_loss)):
+        checkpoint = str(run / "checkpoints" / "last.ckpt")
+        shown = command_line(command, "--config", config, *small, "--ckpt_path", checkpoint, cwd=tmp_path)
+        assert shown.returncode == 0, shown.stderr
+        largest = float(re.search(r"loss/\w+/max\W+([\d.]+(?:e[+-]\d+)?)", shown.stdout)[1])
+        assert largest == pytest.approx(float(variable.max()), rel=1e-5)  # what the table prints
+
+
+def test_a_plain_lightning_module_of_ones_own_is_run_and_recorded(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        """
+import torch
+from lightning.pytorch import LightningModule
+
+class Line(LightningModule):
+    def __init__(self, lr: float = 0.01):
+        super().__init__()
+        self.lr, self.layer = lr, torch.nn.Linear(4, 1, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = ((self.layer(x)[:, 0] - y) ** 2).mean()
+        self.log("mine", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+"""
+    )
+    data = ["--data", "SparseRegression", "--data.dim", "4", "--data.sparsity", "2"]
+    arguments = ["fit", "--model", "mine.Line", *data, "--trainer.max_steps", "40", "--record.every_n_steps", "10"]
+    run = run_directory(command_line(*arguments, cwd=tmp_path), tmp_path)
+    results = dlnlab.load_results(run)
+    assert dict(results.sizes) == {"step": 4}
+    assert results.step.values.tolist() == [0, 10, 20, 30]
+    assert bool((results.train_loss.diff("step") < 0).all())
+    again = dlnlab.load_results(run_directory(command_line(*arguments, cwd=tmp_path), tmp_path))
+    assert results.equals(again)  # the root seed also seeds torch's own initialisation

@@ -1,0 +1,154 @@
+"""Promises of everything in the rosters."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+
+import dlnlab
+from dlnlab import callbacks, data, figures, models, optim
+from dlnlab.callbacks import Measurement, Recorder
+from dlnlab.data import SparseRegression, SyntheticData
+from dlnlab.figures import Figure
+from dlnlab.models import LinearNetwork
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+BASES = (LinearNetwork, SyntheticData, Measurement, Figure)
+
+
+def roster(room, base=object):
+    found = [getattr(room, name) for name in room.__all__]
+    return [c for c in found if inspect.isclass(c) and issubclass(c, base) and c not in BASES]
+
+
+NETWORKS = roster(models, LinearNetwork)
+MEASUREMENTS = roster(callbacks, Measurement)
+EVERYTHING = [c for room in (models, data, optim, callbacks, figures) for c in roster(room)]
+
+
+def fit(network, steps, *extra, dataset=None):
+    trainer = Trainer(max_steps=steps, callbacks=list(extra), **QUIET)
+    trainer.fit(network, dataset or SparseRegression(5, 3, 2))
+    return network
+
+
+@pytest.mark.parametrize("thing", EVERYTHING, ids=lambda c: c.__name__)
+def test_everything_is_documented_with_all_its_arguments(thing):
+    text = inspect.getdoc(thing)
+    assert text
+    for name, parameter in inspect.signature(thing.__init__).parameters.items():
+        if name != "self" and parameter.kind is not parameter.VAR_KEYWORD and thing.__module__.startswith("dlnlab"):
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                continue
+            assert f"{name}:" in text or thing in (models.Batch,), f"{thing.__name__} does not document {name}"
+
+
+@pytest.mark.parametrize("thing", [*NETWORKS, *roster(data), *MEASUREMENTS, *roster(figures)], ids=lambda c: c.__name__)
+def test_every_constructor_argument_has_a_default_that_works(thing):
+    thing()
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda c: c.__name__)
+def test_a_member_in_company_follows_the_path_it_follows_alone(network):
+    company = dlnlab.Ensemble(lr=[0.05, 0.1], batch_size=["full", 2], seed=3)
+    together = fit(network(ensemble=company), 200)
+    for member in (0, 4, 11):
+        label = company.labels[member]
+        alone = fit(network(ensemble=dlnlab.Ensemble(**{name: [value] for name, value in label.items()})), 200)
+        # Batched matrix products may round differently with the number of members: one rounding a step, 200 stable steps.
+        torch.testing.assert_close(alone.predictor()[0], together.predictor()[member], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda c: c.__name__)
+def test_the_order_of_members_does_not_matter(network):
+    forward = fit(network(ensemble=dlnlab.Ensemble(lr=[0.05, 0.1], seed=[0, 1, 2])), 200)
+    backward = fit(network(ensemble=dlnlab.Ensemble(lr=[0.1, 0.05], seed=[2, 1, 0])), 200)
+    # As above.
+    torch.testing.assert_close(forward.predictor().flip(0), backward.predictor(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda c: c.__name__)
+def test_no_member_feels_another_members_loss(network):
+    model = fit(network(ensemble=dlnlab.Ensemble(lr=[0.1], seed=3)), 3)
+    model.losses(model.full_batch())[1].backward()
+    for parameter in model.parameters():
+        assert parameter.grad[1].abs().sum() > 0
+        assert parameter.grad[[0, 2]].abs().sum() == 0
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda c: c.__name__)
+def test_the_same_seed_gives_the_same_run_and_another_root_another(network):
+    paths = [
+        fit(network(ensemble=dlnlab.Ensemble(lr=[0.1], batch_size=[1], seed=2, root=root)), 50).predictor()
+        for root in (0, 0, 1)
+    ]
+    assert torch.equal(paths[0], paths[1])
+    assert not torch.isclose(paths[0], paths[2]).all(1).any()
+
+
+@pytest.mark.parametrize("measurement", MEASUREMENTS, ids=lambda c: c.__name__)
+def test_a_measurement_states_one_value_per_member_and_changes_nothing(measurement):
+    ensemble = {"lr": [0.05, 0.1], "seed": 2}
+    recorder = Recorder(at=[0, 7], variables=["beta"])
+    measured = fit(
+        models.DiagonalLinearNetwork(ensemble=dlnlab.Ensemble(**ensemble)), 20, recorder, measurement(at=[3, 7])
+    )
+    bare = fit(models.DiagonalLinearNetwork(ensemble=dlnlab.Ensemble(**ensemble)), 20)
+    assert torch.equal(measured.predictor(), bare.predictor())
+    results = recorder.dataset()
+    for name in measurement(at=[0]).names(measured):
+        assert results[name].dims[:3] == ("lr", "seed", "step")
+        steps = results[name].dropna("step", how="all").step.values.tolist()
+        assert steps in ([0, 3, 7, 20], [3, 7, 20])  # a ratio of gains is not defined at step 0
+
+
+@pytest.mark.parametrize("optimizer", roster(optim), ids=lambda c: c.__name__)
+def test_an_optimizer_saved_and_loaded_takes_the_same_next_step(optimizer):
+    assert issubclass(optimizer, Optimizer)
+
+    def start():
+        u, v = torch.tensor([[1.0, 0.5], [0.3, 2.0]]), torch.tensor([[0.2, 0.1], [0.4, 0.7]])
+        pair = [torch.nn.Parameter(u), torch.nn.Parameter(v)]
+        return pair, optimizer([tuple(pair)], lr=torch.tensor([0.1, 0.02]))
+
+    def step(pair, opt):
+        opt.zero_grad()
+        ((pair[0] * pair[1] - 1) ** 2).sum().backward()
+        opt.step()
+
+    (one, first), (two, second) = start(), start()
+    for _ in range(37):
+        step(one, first)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        for source, target in zip(one, two, strict=True):
+            target.copy_(source)
+    for _ in range(31):
+        step(one, first)
+        step(two, second)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert torch.equal(first.gain, second.gain)
+
+
+def test_the_packages_rooms_import_downwards_only():
+    order = (
+        "checks files schedule streams ensemble kernels optim tables data metrics models results export checkpoint start "
+        "recorder callbacks figures messages fitting interactive cli"
+    ).split()
+    package = Path(dlnlab.__file__).parent
+    for file in package.rglob("*.py"):
+        room = file.relative_to(package).parts[0].removesuffix(".py")
+        if room not in order:
+            continue
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] == ["from"] and words[1].startswith("dlnlab"):
+                names = [words[1].split(".")[1]] if "." in words[1] else [w.strip(",()") for w in words[3:]]
+                for name in names:
+                    if name in order and name != room:
+                        assert order.index(name) < order.index(room), (
+                            f"{file.name} imports {name}, which stands above it"
+                        )
