@@ -546,6 +546,13 @@ class LinearNetwork(LightningModule):
                     state[f"optimizer.{i}.{name}"] = value
         return state
 
+    @property
+    def guard_tol(self) -> float:
+        """The loss below which a member has converged."""
+        if self.guard.tol is not None:
+            return self.guard.tol
+        return 1e-20 if self.number_type == torch.float64 else 1e-12
+
     def on_train_start(self) -> None:
         """See `begin`."""
         self.begin(self.trainer.global_step)
@@ -561,14 +568,11 @@ class LinearNetwork(LightningModule):
         members = self.running
         if len(members) == 0:
             return
-        tol = self.guard.tol
-        if tol is None:
-            tol = 1e-20 if self.number_type == torch.float64 else 1e-12
         losses = self.full_losses(members)
         bad = ~(losses <= self.guard.bound)  # NaN compares false
         for parameter in self.parameters():
             bad |= ~(parameter[members].abs() <= self.guard.bound).flatten(1).all(1)
-        converged = (losses < tol) & ~bad
+        converged = (losses < self.guard_tol) & ~bad
         state = self.member_state()
         if not self._kept:
             self._kept = {name: value.clone() for name, value in state.items()}

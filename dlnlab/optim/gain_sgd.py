@@ -189,7 +189,7 @@ class GainSGD(Optimizer):
     @property
     def imbalance(self) -> Any:
         """u^2 - v^2 = 2 w+ w- of the present factors, likewise."""
-        return self._of_pairs(lambda factors: 2 * factors.w_plus.double() * factors.w_minus.double(), "imbalance")
+        return self._of_pairs(Factors.imbalance, "imbalance")
 
     @property
     def time(self) -> Any:
