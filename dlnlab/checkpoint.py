@@ -76,5 +76,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except DamagedFileError as error:
         raise CheckpointError(str(error)) from None
-    except Exception as error:  # what torch raises for contents it refuses differs from version to version
-        raise CheckpointError(f"{path} is no checkpoint of dlnlab: {str(error).splitlines()[0]}") from None
+    except Exception:  # what torch raises for contents it refuses differs from version to version
+        # Its own message advises to load with weights_only=False, which would run whatever is in the file.
+        raise CheckpointError(
+            f"{path} is no checkpoint of dlnlab: it holds more than tensors and plain containers, which is never loaded"
+        ) from None

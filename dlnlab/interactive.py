@@ -24,7 +24,7 @@ from dlnlab import checks
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data.arrays import ArrayRegression
 from dlnlab.ensemble import Ensemble
-from dlnlab.fitting import MISTAKES, Run, quiet, without_noise
+from dlnlab.fitting import Run, quiet, without_noise
 from dlnlab.messages import explain
 from dlnlab.models import DiagonalLinearNetwork, LinearNetwork
 
@@ -76,7 +76,7 @@ def run(
             with quiet():
                 fit = Run(argv, write=directory is not None, replaced=axes)
                 fit.check()
-        except MISTAKES as error:
+        except Exception as error:  # whatever it is, nothing was made yet
             message = explain(error)
             if isinstance(error, ValueError | OSError) and str(error) == message:
                 raise
