@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -122,8 +121,7 @@ class Run(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
-        for given in _config_files(args):
-            strict_yaml.check_file(given)
+        strict_yaml.check_arguments(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
 
@@ -373,12 +371,6 @@ def _remove_empty(parent: Path) -> None:
 def _class_of(class_path: str) -> type:
     module, name = class_path.rsplit(".", 1)
     return getattr(import_module(module), name)
-
-
-def _config_files(arguments: list[str]) -> list[str]:
-    """What is given as `--config`."""
-    found = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
-    return found + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
 
 
 def _ensemble(config: jsonargparse.Namespace) -> Ensemble:
