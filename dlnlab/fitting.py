@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -131,8 +130,7 @@ class Run(LightningCLI):
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
         args = _configs_first(args)
-        for given in _config_files(args):
-            strict_yaml.check_file(given)
+        strict_yaml.check_arguments(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
         for _, arguments in _init_args(self.given[self.given.subcommand]):
@@ -418,12 +416,6 @@ def _remove_empty(parent: Path) -> None:
 def _class_of(class_path: str) -> type:
     module, name = class_path.rsplit(".", 1)
     return getattr(import_module(module), name)
-
-
-def _config_files(arguments: list[str]) -> list[str]:
-    """What is given as `--config`."""
-    found = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
-    return found + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
 
 
 def _ensemble(config: jsonargparse.Namespace) -> Ensemble:
