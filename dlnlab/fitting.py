@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,15 +25,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import dlnlab
-from dlnlab.callbacks import Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
+from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
 from dlnlab.ensemble import Ensemble
 from dlnlab.figures import Figure
-from dlnlab.files import write_atomic
+from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import explain
 from dlnlab.models import LinearNetwork
-from dlnlab.results import HEADER, load_results
+from dlnlab.results import HEADER, ResultError, load_results, verify_segments
 
 _LOGS = "lightning_logs"
 _FIXED = ("ensemble", "model", "data", "seed", "guard", "record")
@@ -52,8 +53,29 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"dlnlab {command}: {explain(error)}".splitlines()[:3]), file=sys.stderr)
         return 2
     with _without_noise():
-        run.carry_out()
+        try:
+            run.carry_out()
+        except Interrupted as end:
+            print(f"dlnlab {command}: {end}", file=sys.stderr)
+            print(f"run: {run.directory}")
+            return 128 + end.signal
+        except (OSError, CheckpointError, ResultError) as error:  # of the disk, not of the program
+            print(f"dlnlab {command}: {_failure(error)}{run.way_on()}", file=sys.stderr)
+            return 1
     return 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A fit that a signal has ended in order; says at which step, and how it goes on.
+
+    Args:
+        message: That.
+        signal: The signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class Run(LightningCLI):
@@ -65,6 +87,8 @@ class Run(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         self.directory: Path | None = None
+        self._last_checkpoint: Path | None = None
+        self._let_go = contextlib.ExitStack()
         patient = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
@@ -148,7 +172,8 @@ class Run(LightningCLI):
         if self.wants_logger:
             config["logger"] = False
         if self.subcommand == "fit":
-            chosen = [guard, *chosen, self.recorder]
+            self.interruption = Interruption()
+            chosen = [guard, *chosen, self.recorder, self.interruption]
             if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in chosen):
                 chosen.append(RunCheckpoint(grid=guard.settings.every_n_steps))
             if config["enable_progress_bar"] is not False:
@@ -192,14 +217,17 @@ class Run(LightningCLI):
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
             figure.check(self._recorded_variables(), self.recorder.ensemble.axes)
         if checkpoint is not None:
-            self._check_resume(checkpoint)
-            self.directory = Path(self._arguments["ckpt_path"]).parent.parent
+            self.directory = Path(os.path.normpath(Path(self._arguments["ckpt_path"]).parent / ".."))
         else:
             root = Path(self.config.fit.trainer.default_root_dir or "")
             self.directory = claim(root / _LOGS / self._name())
         try:
+            self._hold()
+            if checkpoint is not None:
+                self._check_resume(checkpoint)
             self._tie(checkpoint)
         except BaseException:
+            self._let_go.close()
             if checkpoint is None:
                 shutil.rmtree(self.directory, ignore_errors=True)
             raise
@@ -226,13 +254,23 @@ class Run(LightningCLI):
             return None
         if not Path(path).is_file():
             raise CheckpointError(f"ckpt_path: no checkpoint at {path}")
-        return AtomicCheckpointIO().load_checkpoint(path)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        for warning in heard:  # that the one before is used instead
+            print(f"dlnlab {self.subcommand}: {warning.message}", file=sys.stderr)
+        return checkpoint
 
     def _check_resume(self, checkpoint: dict[str, Any]) -> None:
-        path = Path(self._arguments["ckpt_path"])
-        if not (path.parent.parent / "results" / HEADER).exists():
+        path, folder = self._arguments["ckpt_path"], self.directory / "results"
+        if not (folder / HEADER).exists():
             raise CheckpointError(
-                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {path.parent.parent} is none"
+                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {self.directory} is none"
+            )
+        records = checkpoint.get("callbacks", {}).get(self.recorder.state_key)
+        if records is None or checkpoint.get("dlnlab_config") is None:
+            raise CheckpointError(
+                f"ckpt_path = {path}: this is no checkpoint of a whole run that `dlnlab fit` has made"
             )
         then, now = _what_must_agree(checkpoint["dlnlab_config"]), _what_must_agree(self.resolved)
         for key in dict.fromkeys((*then, *now)):
@@ -241,6 +279,16 @@ class Run(LightningCLI):
                     f"{key} = {now.get(key)!r}: the checkpoint's run has {then.get(key)!r}; "
                     "a resume must not change it (start a new run instead)"
                 )
+        verify_segments(folder, records["segments"], records["chain"])
+
+    def _hold(self) -> None:
+        """Keep others from the run directory: two fits in one would tear each other's results."""
+        try:
+            self._let_go.callback(hold(self.directory))
+        except BlockingIOError:
+            raise CheckpointError(f"{self.directory} is in use: the fit that writes it has not ended") from None
+        except FileNotFoundError:
+            pass  # what is missing is said where it is needed
 
     def _tie(self, checkpoint: dict[str, Any] | None) -> None:
         """Point logger, checkpoints, records and config to the run directory."""
@@ -254,6 +302,12 @@ class Run(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.directory / "checkpoints")
+        self._last_checkpoint = self.directory / "checkpoints" / "last.ckpt"
+        if self.trainer.checkpoint_callbacks:
+            self.interruption.checkpoint = self._last_checkpoint
+        if checkpoint is not None:
+            for folder in (self.directory, self.directory / "results", self.directory / "checkpoints"):
+                remove_leftovers(folder)
         versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
         versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
         config = yaml.safe_dump(self.resolved, sort_keys=False)
@@ -266,10 +320,24 @@ class Run(LightningCLI):
     # Carrying out -----------------------------------------------------------------------------------------------------
 
     def carry_out(self) -> None:
-        """Do what was asked for; a fit draws its figures and prints its run directory last."""
-        getattr(self.trainer, self.subcommand)(**self._arguments)
-        if self.subcommand != "fit":
-            return
+        """Do what was asked for; a fit draws its figures and prints its run directory last.
+
+        Raises:
+            Interrupted: If a signal has ended a fit.
+        """
+        with self._let_go:
+            if self.subcommand == "fit":
+                self._fit()
+            else:
+                getattr(self.trainer, self.subcommand)(**self._arguments)
+
+    def _fit(self) -> None:
+        with self.interruption:
+            self.trainer.fit(**self._arguments)
+        number = self.interruption.signal
+        if number is not None:
+            name, step = signal.Signals(number).name, self.trainer.global_step
+            raise Interrupted(f"stopped at step {step} by {name}{self.way_on()}", number)
         if self.figures:
             dataset = load_results(self.directory)
             saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
@@ -277,6 +345,11 @@ class Run(LightningCLI):
         if isinstance(self.model, LinearNetwork):
             print(f"members: {MemberGuard.summary(self.model)}")
         print(f"run: {self.directory}")
+
+    def way_on(self) -> str:
+        """How a fit that was cut short goes on, the end of a sentence."""
+        last = self._last_checkpoint
+        return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
 
 
 def claim(parent: Path) -> Path:
@@ -294,6 +367,13 @@ def claim(parent: Path) -> Path:
             return parent / f"version_{number}"
         except FileExistsError:
             number += 1
+
+
+def _failure(error: Exception) -> str:
+    """One line without the number that the system gives an error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _class_of(class_path: str) -> type:
@@ -412,6 +492,7 @@ def _without_noise() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (".*does not have many workers.*", "Checkpoint directory .* exists", ".*dataloader.*length.*",
+                            ".* is damaged: .*; using .*",  # was said before the fit
                             "Using ModelCheckpoint with manual optimization.*", ".*LeafSpec.* is deprecated"):  # fmt: skip
                 warnings.filterwarnings("ignore", message)
             yield
