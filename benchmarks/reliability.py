@@ -1,6 +1,6 @@
 """What does a fit survive? Kills, signals, full disks, damaged files, simultaneous starts, a million steps.
 
-    python benchmarks/reliability.py            # writes benchmarks/results/reliability.md; about half an hour on one core
+    python benchmarks/reliability.py            # writes benchmarks/results/reliability.md; half an hour on one core
 
 A study takes an empty folder and how many trials to make, and returns how many it has made and what failed. The tests
 call the same studies with fewer trials. Every fit and every resume is a fork of this process in a folder of its own, so
@@ -141,7 +141,7 @@ class Program:
     def __init__(self, config: dict[str, Any], folder: Path, *arguments: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "trial.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        with fitting._quiet():
+        with fitting.quiet():
             self.run = fitting.Run(["fit", "--config", str(folder / "trial.yaml"), *arguments])
         torch.set_num_threads(1)
 
@@ -339,7 +339,7 @@ class Outcome:
             self.failures.append(f"{name}: {failure}")
 
 
-def killed_at_steps(folder: Path, config: dict = SMALL, steps: list[int] | range = range(1, 130, 6)) -> Outcome:
+def killed_at_steps(folder: Path, config: dict = SMALL, steps: list[int] | range = range(1, 130, 9)) -> Outcome:
     """R1: death at exact steps, before and after the checkpoint of that step."""
     found = Outcome("killed at an exact step and resumed: bitwise the uninterrupted run")
     program = Program(config, folder)
@@ -355,8 +355,8 @@ def killed_at_steps(folder: Path, config: dict = SMALL, steps: list[int] | range
     return found
 
 
-def killed_while_writing(folder: Path, config: dict = SMALL, stride: int = 5) -> Outcome:
-    """R1, R4: death at moments that touch the disk (every fifth), in the middle of a write too."""
+def killed_while_writing(folder: Path, config: dict = SMALL, stride: int = 7) -> Outcome:
+    """R1, R4: death at moments that touch the disk (every seventh), in the middle of a write too."""
     found = Outcome(
         "killed while a checkpoint, segment or event is written, and resumed: bitwise the uninterrupted run"
     )
@@ -549,7 +549,7 @@ def one_line(output: str, code: int, expected: int, *words: str) -> str | None:
     return None
 
 
-def full_disk(folder: Path, sizes: list[int] | range = range(64, 1025, 16)) -> Outcome | None:
+def full_disk(folder: Path, sizes: list[int] | range = range(64, 1025, 32)) -> Outcome | None:
     """R5: a full disk at many moments: one line, exit code 1 (2 before the fit); more room and a resume mend it."""
     found = Outcome("full disk (tmpfs of 64 KiB to 1 MiB): one line; with room again, the uninterrupted run")
     program = Program(SMALL, folder)
@@ -603,8 +603,8 @@ def no_disk(folder: Path, steps: tuple[int, ...] = (0, 35, 70)) -> Outcome | Non
     return found
 
 
-def disk_error_at_every_moment(folder: Path, stride: int = 7) -> Outcome:
-    """R5: the disk is full at one moment (every seventh): one line, and a resume gives the uninterrupted run."""
+def disk_error_at_every_moment(folder: Path, stride: int = 9) -> Outcome:
+    """R5: the disk is full at one moment (every ninth): one line, and a resume gives the uninterrupted run."""
     found = Outcome("an error of the disk at any moment: one line, exit code 1 or 2; resumed, the uninterrupted run")
     program = Program(SMALL, folder)
     program(folder / "reference")
@@ -682,7 +682,7 @@ def _ensemble_with(model: type, axes: dict, step: int | None, member: int) -> di
     recorder = Recorder(every_n_steps=7, variables=["beta", "gain"])
     callbacks = [MemberGuard(every_n_steps=10, tol=0.0), recorder]
     callbacks += [] if step is None else [Poison(step, member)]
-    with warnings.catch_warnings(), fitting._quiet():
+    with warnings.catch_warnings(), fitting.quiet():
         warnings.simplefilter("ignore")
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = Trainer(max_steps=80, callbacks=callbacks, enable_checkpointing=False, accelerator="cpu", **quiet)
@@ -702,6 +702,7 @@ def memory(folder: Path, steps: int = 10**6) -> Outcome:
     config = {
         **SMALL,
         "ensemble": {"lr": [0.01, 0.02], "seed": 1},
+        "model": {"class_path": "DiagonalLinearNetwork"},
         "record": {"every_n_steps": 100},
         "guard": {"every_n_steps": 100, "tol": 0},
         "trainer": {"max_steps": steps, "callbacks": [{"class_path": "GainTracker"}]},
@@ -760,7 +761,8 @@ def main() -> None:
         if outcome is None:
             rows.append(f"| {name} | (no file system could be mounted here) | 0 | - | |")
             continue
-        print(f"{name}: {outcome.trials} trials, {len(outcome.failures)} failures, {time.monotonic() - began:.0f} s")
+        seconds = time.monotonic() - began
+        print(f"{name}: {outcome.trials} trials, {len(outcome.failures)} failures, {seconds:.0f} s", flush=True)
         for failure in outcome.failures[:10]:
             print("   ", failure)
         rows.append(f"| {name} | {outcome.bar} | {outcome.trials} | {len(outcome.failures)} | {outcome.note} |")

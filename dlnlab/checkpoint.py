@@ -46,12 +46,12 @@ class AtomicCheckpointIO(CheckpointIO):
         del weights_only
         path = Path(path)
         try:
-            return _load(path, map_location)
+            return read_checkpoint(path, map_location)
         except CheckpointError as error:
             previous = path.with_name(path.name + ".previous")
             if not previous.exists():
                 raise
-            checkpoint = _load(previous, map_location)
+            checkpoint = read_checkpoint(previous, map_location)
             warnings.warn(f"{error}; using {previous}, step {checkpoint.get('global_step')}, instead", stacklevel=2)
             return checkpoint
 
@@ -70,12 +70,27 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _load(path: Path, map_location: Any) -> dict[str, Any]:
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read one checkpoint, and no other in its place.
+
+    Args:
+        path: The file.
+        map_location: Where its tensors go, as for `torch.load`.
+
+    Returns:
+        The checkpoint: tensors and plain containers.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or no checkpoint.
+    """
     try:
         return torch.load(io.BytesIO(read_verified(path)), map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except DamagedFileError as error:
         raise CheckpointError(str(error)) from None
-    except Exception as error:  # what torch raises for contents it refuses differs from version to version
-        raise CheckpointError(f"{path} is no checkpoint of dlnlab: {str(error).splitlines()[0]}") from None
+    except Exception:  # what torch raises for contents it refuses differs from version to version
+        # Its own message advises to load with weights_only=False, which would run whatever is in the file.
+        raise CheckpointError(
+            f"{path} is no checkpoint of dlnlab: it holds more than tensors and plain containers, which is never loaded"
+        ) from None

@@ -13,6 +13,7 @@ commands:
   validate   losses of a checkpoint on its training rows
   test       losses of a checkpoint on its test rows
   predict    predictions of a checkpoint on its test rows
+  export     what a run has recorded as netcdf, zarr, parquet or csv: dlnlab export RUN --format netcdf
 
 Ctrl-C and SIGTERM end a fit in order, with a checkpoint, and it says how to go on; a second Ctrl-C ends it at once.
 `dlnlab COMMAND --help` lists a command's arguments, `dlnlab fit --config FILE --print_config` what they come to.
@@ -20,6 +21,7 @@ Ctrl-C and SIGTERM end a fit in order, with a checkpoint, and it says how to go 
 
 # Command -> the function that carries it out, imported only when it is called for.
 COMMANDS = {command: "dlnlab.fitting:main" for command in ("fit", "validate", "test", "predict")}
+COMMANDS["export"] = "dlnlab.export:main"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,9 +15,7 @@ MOST_MEMBERS = 1_000_000
 
 
 def _check_lr(where: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ValueError(f"{where} = {value!r}: a step size must be positive and finite")
-    return float(value)
+    return checks.positive(where, value, "a step size")
 
 
 def _check_seed(where: str, value: Any) -> Any:
@@ -27,9 +25,12 @@ def _check_seed(where: str, value: Any) -> Any:
 def _check_value(where: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} = {value!r}: must be a finite number or a text")
-    return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return checks.integer(where, value, at_least=-checks.LARGEST)
+    try:
+        return checks.number(where, value)
+    except ValueError as error:
+        raise ValueError(f"{error} or a text") from None
 
 
 _CHECKS = {"lr": _check_lr, "seed": _check_seed}

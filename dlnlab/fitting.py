@@ -1,39 +1,44 @@
 """A config -> a checked run -> a run directory. All is checked in memory before anything is made on disk."""
 
 import contextlib
+import inspect
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonargparse
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import dlnlab
+from dlnlab import checks, strict_yaml
 from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
 from dlnlab.ensemble import Ensemble
 from dlnlab.figures import Figure
 from dlnlab.files import hold, remove_leftovers, write_atomic
-from dlnlab.messages import explain
+from dlnlab.messages import about, explain, home, trainer_mistake
 from dlnlab.models import LinearNetwork
 from dlnlab.results import HEADER, ResultError, load_results, verify_segments
+from dlnlab.start import Start
 
 _LOGS = "lightning_logs"
 _FIXED = ("ensemble", "model", "data", "seed", "guard", "record")
@@ -46,22 +51,27 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(1)  # the tensors here are small: more threads wait for each other
     command = argv[0]
     try:
-        with _quiet():
+        with quiet():
             run = Run(argv)
             run.check()
-    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException) as error:
-        print("\n".join(f"dlnlab {command}: {explain(error)}".splitlines()[:3]), file=sys.stderr)
+    except Exception as error:  # whatever it is, nothing was made yet, and there is nothing to save
+        if "DLNLAB_TRACEBACK" in os.environ:
+            traceback.print_exc()
+        print(f"dlnlab {command}: {explain(error)}", file=sys.stderr)
         return 2
-    with _without_noise():
-        try:
+    try:
+        with without_noise():
             run.carry_out()
-        except Interrupted as end:
-            print(f"dlnlab {command}: {end}", file=sys.stderr)
-            print(f"run: {run.directory}")
-            return 128 + end.signal
-        except (OSError, CheckpointError, ResultError) as error:  # of the disk, not of the program
-            print(f"dlnlab {command}: {_failure(error)}{run.way_on()}", file=sys.stderr)
-            return 1
+    except Interrupted as end:
+        print(f"dlnlab {command}: {end}", file=sys.stderr)
+        print(f"run: {run.directory}")
+        return 128 + end.signal
+    except Exception as error:
+        if not isinstance(error, OSError | CheckpointError | ResultError):  # a full disk needs no traceback, a bug does
+            traceback.print_exc()
+        print(f"dlnlab {command}: {run.where()}: {explain(error)}{run.way_on()}", file=sys.stderr)
+        return 1
+    run.announce()
     return 0
 
 
@@ -83,12 +93,17 @@ class Run(LightningCLI):
 
     Args:
         argv: The command and its arguments.
+        write: Make a run directory; without it a fit leaves nothing on disk and its results in the recorder.
+        replaced: Axes that take the place of scalars the config gives, where it would be an error to have both.
     """
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
         self.directory: Path | None = None
         self._last_checkpoint: Path | None = None
         self._let_go = contextlib.ExitStack()
+        self.write = write
+        self.replaced = tuple(replaced)
+        self.command = argv[0]
         patient = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
@@ -99,22 +114,23 @@ class Run(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={"devices": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
-            parser_kwargs={**patient, **{command: patient for command in self.subcommands()}},
+            parser_kwargs={**patient, self.command: patient},
             args=argv,
         )
 
     # Parsing ----------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without `weights_only`: checkpoints are always loaded so."""
-        return {command: skip | {"weights_only"} for command, skip in LightningCLI.subcommands().items()}
+    def subcommands(self) -> dict[str, set[str]]:
+        """The one that is called (each builds a parser), without `weights_only`: checkpoints are always loaded so."""
+        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our own keys."""
         parser.add_argument("--name", type=str | None, default=None, help="The run is lightning_logs/NAME/version_N; "
                             "the last config file's stem unless given.")  # fmt: skip
         parser.add_argument("--seed", type=int, default=0, help="The root of all random streams.")
+        parser.add_argument("--init_from", type=str | None, default=None, help="RUN or RUN@STEP: a fit starts, at step "
+                            "0, from the parameters of another run's last checkpoint, or the one of STEP.")  # fmt: skip
         parser.add_argument("--ensemble", type=dict[str, Any], default={}, help="Named axes, whose product is the "
                             "members: {lr: {log10: [-2, 0, 9]}, batch_size: [1, full], seed: 20}.")  # fmt: skip
         parser.add_class_arguments(Recorder, "record")
@@ -131,43 +147,68 @@ class Run(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, and keep what was given apart from what are defaults."""
-        jsonargparse.set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+        jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
         args = _configs_first(args)
+        for given in _config_files(args):
+            strict_yaml.check_file(given)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
+        for _, arguments in _init_args(self.given[self.given.subcommand]):
+            for name in self.replaced:
+                arguments.pop(name, None)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint here; ours are compared instead (`check`)."""
 
     def _set_seed(self) -> None:
         """Lightning would ask for `seed_everything`; the root of our streams also seeds what plain modules draw."""
-        seed_everything(self.config[self.subcommand].seed % 2**32, verbose=False)
+        seed = checks.integer("seed", self.config[self.subcommand].seed, at_most=2**32 - 1)
+        seed_everything(seed, verbose=False)
 
     # Building ---------------------------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
         """Build the ensemble, then model, data and trainer."""
         config, given = self.config[self.subcommand], self.given[self.subcommand]
-        ensemble = Ensemble(root=config.seed, **config.ensemble)
+        for section in ("record", "guard", "trainer"):
+            if not isinstance(config[section], jsonargparse.Namespace):
+                raise ValueError(f"{section} = {checks.shown(config[section])}: must be a mapping")
+        self.ensemble = ensemble = _ensemble(config)
         _refuse_scalars_of_axes(ensemble, given)
         self.resolved = _resolved(self.parser, self.config, self.subcommand, ensemble)
         linear = issubclass(_class_of(config.model.class_path), LinearNetwork)
         if linear:
-            config.model.init_args.ensemble = ensemble
+            config["model.init_args.ensemble"] = ensemble
             if given.get("trainer.log_every_n_steps") is None:
                 config.trainer.log_every_n_steps = 0  # nothing of ours calls self.log in a fit, and it would cut chunks
         elif config.ensemble:
             raise ValueError(f"ensemble: {config.model.class_path} is no LinearNetwork and trains a single member")
+        # Whatever a constructor raises names its class and, where it can, its key.
+        self.parser.add_instantiator(self._instantiate, object)
         super().instantiate_classes()
         if isinstance(self.datamodule, SyntheticData) and not linear:
             self.datamodule.ensemble = ensemble
 
+    def _instantiate(self, kind: type, *args: Any, **kwargs: Any) -> Any:
+        with about(home(kind), kind, self.ensemble.axes):
+            return kind(*args, **kwargs)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with the recorder, the guard, the progress bar and checkpoints; its logger comes with the run."""
         config = {**self._get(self.config_init, "trainer"), **kwargs}
+        for key, parameter in inspect.signature(Trainer).parameters.items():
+            if config.get(key) is None and type(None) not in (*get_args(parameter.annotation), type(parameter.default)):
+                raise ValueError(f"trainer.{key} = null: must have a value; leave it out for {parameter.default!r}")
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
+        for callback in chosen:
+            if isinstance(callback, Recorder | MemberGuard):
+                section = home(type(callback))
+                raise ValueError(f"trainer.callbacks: {type(callback).__name__} is always on; set it in `{section}:`")
         self.recorder, guard = self.config_init[self.subcommand].record, self.config_init[self.subcommand].guard
+        if not self.write:
+            config |= {"logger": False, "enable_checkpointing": False}
+            chosen = [callback for callback in chosen if not isinstance(callback, Checkpoint)]
         self.wants_logger = config["logger"] in (None, True)
         if self.wants_logger:
             config["logger"] = False
@@ -180,7 +221,11 @@ class Run(LightningCLI):
                 chosen.append(MemberProgress())
         plugins = config["plugins"] or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return Trainer(**{**config, "callbacks": chosen})
+        try:
+            return Trainer(**{**config, "callbacks": chosen})
+        except Exception as error:
+            given = self.given[self.subcommand].get("trainer") or {}
+            raise trainer_mistake(error, dict(given.items(branches=False))) from error
 
     def _remember(self, **kwargs: Any) -> None:
         self._arguments = kwargs
@@ -190,7 +235,7 @@ class Run(LightningCLI):
     # Checking ---------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Set everything up in memory and refuse what cannot run; then, for a fit, claim the run directory.
+        """Set everything up in memory and refuse what cannot run; then, for a fit that writes, claim the run directory.
 
         Raises:
             ValueError, OSError: What is wrong, in words.
@@ -201,85 +246,137 @@ class Run(LightningCLI):
         if datamodule is not None:
             datamodule.trainer, trainer.datamodule = trainer, datamodule
             if isinstance(datamodule, SyntheticData):
-                datamodule.setup(self.subcommand)
+                with about("data", type(datamodule), self.ensemble.axes):
+                    datamodule.setup(self.subcommand)
         if isinstance(model, LinearNetwork):
-            model.setup(self.subcommand)
+            with about("model", type(model), self.ensemble.axes):
+                model.setup(self.subcommand)
         checkpoint = self._checkpoint()
+        if checkpoint is not None:
+            with about("ckpt_path"):
+                self._compare(checkpoint)
         if self.subcommand != "fit":
             return
-        self.recorder.prepare(trainer, model)
+        start = self._start(checkpoint)
+        if start is not None:
+            start.apply(model)
+        with about("record", Recorder):
+            self.recorder.prepare(trainer, model)
+        variables = set(self.recorder.names)
         for callback in trainer.callbacks:
             if isinstance(callback, Measurement):
-                callback.prepare(trainer, model)
+                with about("trainer.callbacks", type(callback)):
+                    callback.prepare(trainer, model)
+                    variables |= set(callback.names(model))
         self.figures = self.config_init.fit.figures
         for figure in self.figures:
             if [other.name for other in self.figures].count(figure.name) > 1:
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
-            figure.check(self._recorded_variables(), self.recorder.ensemble.axes)
+            with about("figures", type(figure)):
+                figure.check(variables, self.recorder.ensemble.axes)
+        self._describe(start)
+        if not self.write:
+            return
         if checkpoint is not None:
-            self.directory = Path(os.path.normpath(Path(self._arguments["ckpt_path"]).parent / ".."))
+            self.directory = self._directory_of_checkpoint()
         else:
             root = Path(self.config.fit.trainer.default_root_dir or "")
             self.directory = claim(root / _LOGS / self._name())
         try:
-            self._hold()
-            if checkpoint is not None:
-                self._check_resume(checkpoint)
+            with about("ckpt_path"):
+                self._hold()
+                if checkpoint is not None:
+                    self._verify_records(checkpoint)
             self._tie(checkpoint)
         except BaseException:
             self._let_go.close()
             if checkpoint is None:
-                shutil.rmtree(self.directory, ignore_errors=True)
+                give_back(self.directory)
             raise
 
     def _name(self) -> str:
         name = self.config.fit.name
         if name is None:
-            files = self.config.fit.config or []
+            files = [file for file in self.config.fit.config or [] if file is not None]  # None: given as text
             name = Path(str(files[-1])).stem if files else type(self.model).__name__
-        if not name or name != Path(name).name or name in (".", ".."):
+        if not name.isprintable() or name != Path(name).name or name in ("", ".."):
             raise ValueError(f"name = {name!r}: must be the name of a folder, not a path")
         return name
-
-    def _recorded_variables(self) -> set[str]:
-        found = set(self.recorder.names)
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, Measurement):
-                found |= set(callback.names(self.model))
-        return found
 
     def _checkpoint(self) -> dict[str, Any] | None:
         path = self._arguments.get("ckpt_path")
         if path is None:
             return None
         if not Path(path).is_file():
-            raise CheckpointError(f"ckpt_path: no checkpoint at {path}")
-        with warnings.catch_warnings(record=True) as heard:
+            raise CheckpointError(f"ckpt_path = {path}: there is no such file")
+        with about("ckpt_path"), warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
         for warning in heard:  # that the one before is used instead
             print(f"dlnlab {self.subcommand}: {warning.message}", file=sys.stderr)
         return checkpoint
 
-    def _check_resume(self, checkpoint: dict[str, Any]) -> None:
-        path, folder = self._arguments["ckpt_path"], self.directory / "results"
-        if not (folder / HEADER).exists():
+    def _directory_of_checkpoint(self) -> Path:
+        return Path(os.path.normpath(Path(self._arguments["ckpt_path"]).parent / ".."))  # its name alone may be given
+
+    def _start(self, checkpoint: dict[str, Any] | None) -> Start | None:
+        """What the fit starts from, if it is another run; a resumed fit did so when it began."""
+        given = self.config.fit.init_from
+        if checkpoint is None:
+            start = None if given is None else Start.read(given)
+            self.resolved["init_from"] = None if start is None else start.source
+            return start
+        recorded = (checkpoint["dlnlab_config"] or {}).get("init_from")
+        if given is not None and given not in (recorded, str(recorded).rpartition("@")[0]):
             raise CheckpointError(
-                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {self.directory} is none"
+                f"init_from = {given}: the checkpoint's run started from {recorded}; a resume must not change it "
+                "(start a new run instead)"
             )
-        records = checkpoint.get("callbacks", {}).get(self.recorder.state_key)
-        if records is None or checkpoint.get("dlnlab_config") is None:
+        self.resolved["init_from"] = recorded
+        return None
+
+    def _compare(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another config, before anything of it is used."""
+        path = Path(self._arguments["ckpt_path"])
+        recorded = checkpoint.get("dlnlab_config") if isinstance(checkpoint, dict) else None
+        if not recorded or not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
+            raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
+        fitting = self.subcommand == "fit"
+        directory = self._directory_of_checkpoint()
+        if fitting and not (directory / "results" / HEADER).exists():
             raise CheckpointError(
-                f"ckpt_path = {path}: this is no checkpoint of a whole run that `dlnlab fit` has made"
+                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {directory} is none"
             )
-        then, now = _what_must_agree(checkpoint["dlnlab_config"]), _what_must_agree(self.resolved)
+        then, now = _what_must_agree(recorded, fitting), _what_must_agree(self.resolved, fitting)
         for key in dict.fromkeys((*then, *now)):
             if then.get(key) != now.get(key):
                 raise CheckpointError(
-                    f"{key} = {now.get(key)!r}: the checkpoint's run has {then.get(key)!r}; "
-                    "a resume must not change it (start a new run instead)"
+                    f"{key} = {checks.shown(now.get(key))}: the run of ckpt_path has {checks.shown(then.get(key))}"
+                    + ("; a resume must not change it (start a new run instead)" if fitting else "")
                 )
-        verify_segments(folder, records["segments"], records["chain"])
+        if isinstance(self.model, LinearNetwork):
+            try:
+                self.model.load_state_dict(checkpoint["state_dict"])
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[2]  # the first line names the class
+                raise CheckpointError(f"ckpt_path = {path}: does not fit the model: {reason}") from error
+
+    def _describe(self, start: Start | None) -> None:
+        """Tell the recorder what its results shall say about the run."""
+        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
+        versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        config = yaml.safe_dump(self.resolved, sort_keys=False)
+        self.recorder.config = self.resolved
+        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions, indent=1)}
+        if start is not None:
+            self.recorder.attributes["init_from"] = start.provenance
+
+    def _verify_records(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on after segments that are not there as they were."""
+        records = checkpoint["callbacks"].get(self.recorder.state_key)
+        if records is None:
+            raise CheckpointError(f"ckpt_path = {self._arguments['ckpt_path']}: says nothing about the run's records")
+        verify_segments(self.directory / "results", records["segments"], records["chain"])
 
     def _hold(self) -> None:
         """Keep others from the run directory: two fits in one would tear each other's results."""
@@ -287,8 +384,6 @@ class Run(LightningCLI):
             self._let_go.callback(hold(self.directory))
         except BlockingIOError:
             raise CheckpointError(f"{self.directory} is in use: the fit that writes it has not ended") from None
-        except FileNotFoundError:
-            pass  # what is missing is said where it is needed
 
     def _tie(self, checkpoint: dict[str, Any] | None) -> None:
         """Point logger, checkpoints, records and config to the run directory."""
@@ -308,19 +403,18 @@ class Run(LightningCLI):
         if checkpoint is not None:
             for folder in (self.directory, self.directory / "results", self.directory / "checkpoints"):
                 remove_leftovers(folder)
-        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
-        versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        config = yaml.safe_dump(self.resolved, sort_keys=False)
-        write_atomic(self.directory / "config.yaml", config.encode())
-        write_atomic(self.directory / "versions.json", json.dumps(versions, indent=1).encode())
+        write_atomic(self.directory / "config.yaml", self.recorder.attributes["config"].encode())
+        write_atomic(self.directory / "versions.json", self.recorder.attributes["versions"].encode())
         self.recorder.directory = self.directory
-        self.recorder.config = self.resolved
-        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions)}
 
     # Carrying out -----------------------------------------------------------------------------------------------------
 
+    def where(self) -> str:
+        """How far the trainer has come, for messages."""
+        return f"failed after step {self.trainer.global_step}" if self.subcommand == "fit" else "failed"
+
     def carry_out(self) -> None:
-        """Do what was asked for; a fit draws its figures and prints its run directory last.
+        """Do what was asked for; a fit that writes draws its figures.
 
         Raises:
             Interrupted: If a signal has ended a fit.
@@ -338,10 +432,15 @@ class Run(LightningCLI):
         if number is not None:
             name, step = signal.Signals(number).name, self.trainer.global_step
             raise Interrupted(f"stopped at step {step} by {name}{self.way_on()}", number)
-        if self.figures:
+        if self.write and self.figures:
             dataset = load_results(self.directory)
             saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
             self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
+
+    def announce(self) -> None:
+        """Say how a fit's members ended and, last, where its run directory is."""
+        if self.subcommand != "fit":
+            return
         if isinstance(self.model, LinearNetwork):
             print(f"members: {MemberGuard.summary(self.model)}")
         print(f"run: {self.directory}")
@@ -356,29 +455,58 @@ def claim(parent: Path) -> Path:
     """Make the next free `version_N` of a folder; `mkdir` is atomic, so no two runs share one.
 
     Raises:
-        OSError: If the folder cannot be written.
+        ValueError: If it cannot be made; no folder on the way to it is left then.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdigit()]
-    number = max(taken, default=-1) + 1
-    while True:
-        try:
-            (parent / f"version_{number}").mkdir()
-            return parent / f"version_{number}"
-        except FileExistsError:
-            number += 1
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdecimal()]
+        number = max(taken, default=-1) + 1
+        while True:
+            try:
+                (parent / f"version_{number}").mkdir()
+                return parent / f"version_{number}"
+            except FileExistsError:
+                number += 1
+    except (OSError, ValueError) as error:
+        _remove_empty(parent)
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"trainer.default_root_dir = {str(parent.parent.parent)!r}: {checks.shown(str(parent))} cannot be made: "
+            f"{reason}"
+        ) from error
 
 
-def _failure(error: Exception) -> str:
-    """One line without the number that the system gives an error."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def give_back(directory: Path) -> None:
+    """Remove a claimed directory, and the folders above it that are empty now."""
+    shutil.rmtree(directory, ignore_errors=True)
+    _remove_empty(directory.parent)
+
+
+def _remove_empty(parent: Path) -> None:
+    for folder in (parent, parent.parent):  # lightning_logs/NAME
+        with contextlib.suppress(OSError, ValueError):
+            folder.rmdir()
 
 
 def _class_of(class_path: str) -> type:
     module, name = class_path.rsplit(".", 1)
     return getattr(import_module(module), name)
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    """What is given as `--config`."""
+    found = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
+    return found + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+
+
+def _ensemble(config: jsonargparse.Namespace) -> Ensemble:
+    axes = config.ensemble
+    if not isinstance(axes, dict):
+        raise ValueError(f"ensemble = {checks.shown(axes)}: must be a mapping of axes, {{lr: [0.1, 0.2], seed: 10}}")
+    for name in axes:
+        if not isinstance(name, str) or name in ("self", "root"):
+            raise ValueError(f"ensemble.{name}: no such axis")
+    return Ensemble(root=config.seed, **axes)
 
 
 def _init_args(config: Any) -> Iterator[tuple[str, Any]]:
@@ -402,7 +530,13 @@ def _refuse_scalars_of_axes(ensemble: Ensemble, given: jsonargparse.Namespace) -
 
 def _resolved(parser: Any, config: Any, subcommand: str, ensemble: Ensemble) -> dict[str, Any]:
     """The config as a plain dictionary that can be run again: without arguments that are axes."""
-    resolved = yaml.safe_load(parser.dump(config, skip_none=False))[subcommand]
+    try:
+        resolved = yaml.safe_load(parser.dump(config, skip_none=False))[subcommand]
+    except Exception as error:
+        found = re.search(r"cannot represent an object', (.*?)\)", str(error))
+        raise ValueError(
+            f"config.yaml of the run could not hold {found[1] if found else error}: give that argument a plain value"
+        ) from None
     resolved.pop("ckpt_path", None)
     for _, arguments in _init_args(resolved):
         for name in ensemble.axes:
@@ -410,11 +544,15 @@ def _resolved(parser: Any, config: Any, subcommand: str, ensemble: Ensemble) -> 
     return resolved
 
 
-def _what_must_agree(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a config that a resumed run must share, flat: {"model.init_args.init_scale": 0.1, ...}."""
-    parts = {section: resolved.get(section) for section in _FIXED}
-    measurements = resolved["trainer"].get("callbacks") or []
-    parts["trainer.callbacks"] = measurements if isinstance(measurements, list) else [measurements]
+def _what_must_agree(resolved: dict[str, Any], fitting: bool) -> dict[str, Any]:
+    """The parts of a config that a checkpoint's run must share, flat: {"model.init_args.init_scale": 0.1, ...}.
+
+    What is evaluated on other data or by other measurements is still the same ensemble.
+    """
+    parts = {section: resolved.get(section) for section in (_FIXED if fitting else ("ensemble", "model", "seed"))}
+    if fitting:
+        measurements = resolved["trainer"].get("callbacks") or []
+        parts["trainer.callbacks"] = measurements if isinstance(measurements, list) else [measurements]
     flat: dict[str, Any] = {}
 
     def flatten(key: str, value: Any) -> None:
@@ -443,32 +581,8 @@ def _configs_first(args: list[str]) -> list[str]:
     return [args[0], *configs, *others]
 
 
-def _load_yaml(text: str) -> Any:
-    """Jsonargparse's loader, but a repeated key is an error instead of silently taking one of the two."""
-    _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-    return _default_loader(text)
-
-
-_default_loader = jsonargparse.get_loader("yaml")
-
-
-def _refuse_repeated_keys(node: yaml.Node | None) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise yaml.YAMLError(
-                    f"the key {key.value!r} is repeated in line {key.start_mark.line + 1}: give it once"
-                )
-            seen.add(key.value)
-            _refuse_repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item)
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what Lightning has to say until it is known that there will be a run."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -484,7 +598,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """Leave out messages of Lightning that do not apply to chunks: loaders, workers, device advertisements."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

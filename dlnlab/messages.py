@@ -1,16 +1,50 @@
-"""An exception -> the one line a person needs."""
+"""An exception -> the one line a person needs: the key it is about, what must hold, what came instead."""
 
+import contextlib
+import inspect
 import re
+import traceback
+from collections.abc import Collection, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 from dlnlab import callbacks, data, figures, models, optim
+from dlnlab.callbacks import Measurement, MemberGuard, Recorder
+from dlnlab.checks import shown
+from dlnlab.figures import Figure
 
-_ROSTERS = {"optimizer": optim, "callbacks": callbacks, "figures": figures, "model": models, "data": data}
-_SECTIONS = {
-    "LightningModule": "model",
-    "LightningDataModule": "data",
-    "Callback": "trainer.callbacks",
-    "Figure": "figures",
+SECTIONS = ("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "ckpt_path")
+_OPTIMIZER = "model.init_args.optimizer"
+_HOMES: tuple[tuple[type, str], ...] = (
+    (Recorder, "record"),
+    (MemberGuard, "guard"),
+    (LightningModule, "model"),
+    (LightningDataModule, "data"),
+    (Figure, "figures"),
+    (Callback, "trainer.callbacks"),
+    (Logger, "trainer.logger"),
+    (Optimizer, _OPTIMIZER),
+)
+"""Where in a config a class is chosen."""
+_LISTS = ("figures", "trainer.callbacks", "trainer.logger", "trainer.plugins")
+_ROSTERS: dict[str, tuple[ModuleType, type | tuple[type, ...]]] = {
+    "model": (models, LightningModule),
+    "data": (data, LightningDataModule),
+    "figures": (figures, Figure),
+    "trainer.callbacks": (callbacks, (Measurement, ModelCheckpoint)),
+    _OPTIMIZER: (optim, Optimizer),
 }
+_GIVEN = ("ensemble", "pairs", "params")
+"""Arguments that no config gives: the ensemble has its own section, parameters are the model's."""
 _WORDS = {
     "float": "a number",
     "int": "a whole number",
@@ -19,60 +53,234 @@ _WORDS = {
     "dict": "a mapping",
     "bool": "true or false",
 }
+_LONGEST = 380
+_MISTAKES = (jsonargparse.ArgumentError, ValueError, OSError, MisconfigurationException)
+"""What says by itself what is wrong; of any other exception its kind and place are needed too."""
+
+
+class Mistake(ValueError):
+    """A message that names its key already."""
 
 
 def explain(error: BaseException) -> str:
-    """The innermost message of an error, with the key it is about.
+    """The innermost message of an error, in one line, with the key it is about.
 
     The parser wraps a mistake in every type it has tried; of that this keeps the key, what was wrong and what was given.
     """
-    text = str(error).strip()
-    if text.startswith("Does not validate") and error.__cause__ is not None:
-        # A constructor refused its arguments; the parser says which base class it was building.
-        section = next((word for base, word in _SECTIONS.items() if f".{base}'" in text or f".{base}]" in text), None)
-        return f"{section}: {explain(error.__cause__)}" if section else explain(error.__cause__)
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    named = next((cause for cause in causes if isinstance(cause, Mistake)), None)
+    if named is not None:
+        return _clip(str(named))
+    if isinstance(error, jsonargparse.ArgumentError):
+        return _clip(_explain_parser(str(error).strip()))
+    return _clip(_brief(error))
+
+
+@contextlib.contextmanager
+def about(section: str, kind: type | None = None, axes: Collection[str] = ()) -> Iterator[None]:
+    """Name the key in any error raised inside.
+
+    Args:
+        section: The part of the config that is being set up.
+        kind: The class that was chosen there; a message that begins with one of its arguments is about that key.
+        axes: Those of the ensemble; a message that begins with one is about that axis.
+
+    Raises:
+        Mistake: In the place of the error.
+    """
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        raise Mistake(_located(error, section, kind, axes)) from error
+
+
+def home(kind: type) -> str:
+    """The part of a config in which a class is chosen."""
+    return next((section for base, section in _HOMES if issubclass(kind, base)), "config")
+
+
+def _located(error: Exception, section: str, kind: type | None, axes: Collection[str]) -> str:
+    text = _brief(error)
+    if isinstance(error, NotImplementedError) and kind is not None:
+        text = f"{kind.__name__} does not define `{traceback.extract_tb(error.__traceback__)[-1].name}`"
+    if re.match(rf"({'|'.join(SECTIONS)})(\.|\[|: | = )", text):
+        return text
+    word = re.match(r"\w*(?=\.| = |: |\[)", text)
+    word = word[0] if word else ""
+    if word and word in axes:
+        return f"ensemble.{text}"
+    if kind is None:
+        return f"{section}: {text}"
+    if word in arguments(kind):
+        between = (
+            f": {kind.__name__}." if section in _LISTS else "." if section in ("record", "guard") else ".init_args."
+        )
+        return f"{section}{between}{text}"
+    ours = kind.__module__.split(".")[0] == "dlnlab"
+    return f"{section}: {text}" if ours or kind.__name__ in text else f"{section}: {kind.__name__}: {text}"
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, _MISTAKES) and text:
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}".rstrip(": ") + where
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 100]} ... {text[-90:]}"
+
+
+def arguments(kind: type) -> list[str]:
+    """The names of a class's arguments, with those its bases take."""
+    names: dict[str, None] = {}
+    for cls in kind.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        try:
+            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        except ValueError:  # a class written in C
+            break
+        names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+# The parser's errors --------------------------------------------------------------------------------------------------
+
+
+def _explain_parser(text: str) -> str:
     if found := re.match(r"unrecognized arguments: (.*)", text):
         return f"{found[1]}: there is no such argument"
-    keys = re.findall(r'Parser key "([^"]+)"', text)
-    if not keys:
-        return text or type(error).__name__
-    return _explain_key(text, keys)
+    if found := re.match(r"Subcommand '\w+' does not accept option '([^']+)'", text):
+        sections = "" if "." in found[1] else f"; the sections are {', '.join(SECTIONS)}"
+        return f"{found[1]}: there is no such key{sections}"
+    if found := re.match(r"the following arguments are required: \w+\.(\S+)", text):
+        return f"{found[1]}: must be given; {_known(found[1])}"
+    if 'Parser key "' not in text:
+        return " ".join(text.split())
+    key, kind, inner = _innermost(text)
+    return _explain_key(key, kind, inner)
 
 
-def _explain_key(text: str, keys: list[str]) -> str:
-    key = keys[0]
-    for inner in keys[1:]:
-        key += f".init_args.{inner}" if "class_path" in text else f".{inner}"
-    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+def _innermost(text: str) -> tuple[str, str | None, str]:
+    """Follow the parser's first attempt to the key at fault: its full name, the class it belongs to, what is said of it.
+
+    The parser writes an outline, indented by what was tried inside what.
+    """
+    key, kind, depth, rest, between = "", None, -1, [], ""
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and key and indent <= depth:
+            break  # the next thing that was tried
+        if found := re.search(r'Parser key "([^"]+)":', line):
+            of_class = "class_path" in between or "callable class" in between + line
+            if not key:
+                key = found[1]
+            elif key in _LISTS and kind:
+                key = f"{key}: {kind.rpartition('.')[2]}.{found[1]}"
+            else:
+                key += f".init_args.{found[1]}" if of_class else f".{found[1]}"
+            depth, rest, between = indent, [line[found.end() :]], ""
+            continue
+        if found := re.search(r"Problem with given class_path '([^']+)'", line):
+            kind = found[1]
+        between += line
+        rest.append(line)
+    if found := re.search(r"Got value: Namespace\(class_path='([^']+)'", "".join(rest)):
+        kind = found[1]
+    return key, kind, "\n".join(rest)
+
+
+def _explain_key(key: str, kind: str | None, inner: str) -> str:
+    if found := re.search(r"Option '([^']+)' is not accepted", inner):
+        return f"{key}: {_no_argument(kind, found[1])}"
+    if found := re.search(r"the following arguments are required: ([\w, ]+)", inner):
+        return f"{key}: {kind.rpartition('.')[2] if kind else 'it'} needs {found[1]}"
+    if found := re.search(r"Expected a dot import path string: (\S+?)\.?(?:\s|$)", inner):
         return f"{key}: no class {found[1]!r}; {_known(key)}"
-    if found := re.search(r"Option '([^']+)' is not accepted", text):
-        name = re.search(r"Problem with given class_path '(?:\w+\.)*(\w+)'", text)
-        return f"{key}: {name[1] if name else 'it'} has no argument {found[1]!r}"
-    if found := re.search(r"Import path (\S+) does not correspond to a subclass", text):
-        return f"{key}: {found[1]} is of another kind; {_known(key)}"
-    innermost = text[text.rindex("Parser key") :]
-    if found := re.search(r"(?:No module named|ModuleNotFoundError|ImportError|has no attribute)[^\n]*", innermost):
-        return f"{key}: {found[0]}; {_known(key)}"
-    innermost = re.split(r"\n\s*Given value: ", innermost, maxsplit=1)
-    given = (
-        re.sub(r"^NestedArg\(key='[^']*', val='?(.*?)'?\)$", r"\1", innermost[1].splitlines()[0])
-        if innermost[1:]
-        else ""
+    if found := re.search(r"(?:Import path (\S+) does not correspond|Expected '(\S+)' to be a subclass)", inner):
+        return f"{key}: {found[1] or found[2]} is of another kind; {_known(key)}"
+    given = re.search(r"(?:Got|Given) value: (.*)", inner)
+    given = re.sub(r"^NestedArg\(key='[^']*', val=(.*?)\)$", r"\1", given[1]) if given else ""
+    given = given.split(". Got value: ")[0]  # of a value, then of what holds it
+    if found := re.search(r"(No module named|has no attribute) '([^']+)'", inner):
+        return f"{key}: {_not_found(key, kind or _class_path(given), found[0], found[2])}"
+    if "Not a valid subclass" in inner or "Expected an import path or a subclass" in inner:
+        beside = re.match(r"\{'class_path': '[^']*'(?:, 'init_args': \{.*?\})?, '(?!init_args)(\w+)': ", given)
+        if beside:
+            return f"{key}.{beside[1]}: there is no such key; arguments of a class go under init_args"
+        return f"{key} = {_short(given)}: must be {{class_path: ..., init_args: {{...}}}}; {_known(key)}"
+    allowed = dict.fromkeys(
+        _WORDS[name] for name in re.findall(r"Expected an? <class '(\w+)'>", inner) if name in _WORDS
     )
-    # What ends the message of the innermost key is the list of types it may have.
-    expected = dict.fromkeys(re.findall(r"Expected an? <class '([^']+)'>", innermost[0]))
-    choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", innermost[0])
-    allowed = [_WORDS[name] for name in expected if name in _WORDS] + [f"one of {choice}" for choice in choices]
-    if allowed:
-        return f"{key} = {given}: must be {' or '.join(allowed)}"
-    lines = [line.strip(" -") for line in text.splitlines()[0 if len(keys) == 1 else 1 :]]
-    detail = re.sub(r'^(?:Parser key "[^"]+":\s*)+', "", " ".join(line for line in lines if line))
-    return f"{key}: {detail[:300]}"
+    choices = [f"one of {choice}" for choice in re.findall(r"Expected a typing\.Literal\[(.*?)\]", inner)]
+    if allowed or choices:
+        return f"{key} = {_short(given)}: must be {' or '.join([*allowed, *choices])}"
+    said = re.search(r"Errors:\s*- (.*)", inner) or re.search(r"(\S.*)", inner)
+    said = said[1].split(". Got value: ")[0] if said else ""
+    chosen = _class_path(given)
+    return f"{key}: {chosen} cannot be imported: {said}" if chosen else f"{key} = {_short(given)}: {said}"
+
+
+def _class_path(given: str) -> str | None:
+    found = re.search(r"class_path'?(?:=|: )'([^']+)'", given)
+    return found[1] if found else None
+
+
+def _short(given: str) -> str:
+    return given if len(given) <= 80 else f"{given[:60]} ... {given[-10:]}"
+
+
+def _no_argument(kind: str | None, name: str) -> str:
+    if kind is None:
+        return f"there is no argument {name!r}"
+    module, _, cls = kind.rpartition(".")
+    known = [known for known in arguments(getattr(import_module(module), cls)) if known not in _GIVEN]
+    return f"{cls} has no argument {name!r}; it has {', '.join(known) or 'none'}"
+
+
+def _not_found(key: str, kind: str | None, said: str, name: str) -> str:
+    module, _, cls = (kind or "").rpartition(".")
+    if said.startswith("No module") and kind and name != module and not module.startswith(f"{name}."):
+        return f"{kind} cannot be imported: {said}"  # the file is there, and what it imports is not
+    what = f"{module} {said}" if cls == name and not said.startswith("No module") else said
+    return f"no class {kind!r}: {what}; {_known(key)}"
 
 
 def _known(key: str) -> str:
-    roster = next((room for word, room in _ROSTERS.items() if word in key), None)
-    if roster is None:
+    room = next((room for room in (_OPTIMIZER, *_ROSTERS) if key.startswith(room)), None)
+    if room is None:
         return "give a dotted class path"
-    names = [name for name in roster.__all__ if name[0].isupper()]
-    return f"there are {', '.join(names)}, or a dotted class path of your own"
+    roster, base = _ROSTERS[room]
+    found = [name for name in roster.__all__ if _can_be_chosen(getattr(roster, name), base)]
+    return f"there are {', '.join(found)}, or a dotted class path of your own"
+
+
+def _can_be_chosen(thing: Any, base: type | tuple[type, ...]) -> bool:
+    # A room's base.py holds what its classes inherit.
+    return isinstance(thing, type) and issubclass(thing, base) and not thing.__module__.endswith(".base")
+
+
+def trainer_mistake(error: Exception, given: dict[str, Any]) -> Mistake:
+    """What Lightning's trainer says of its arguments, with the key it means.
+
+    Args:
+        error: What its constructor raised.
+        given: The arguments that were given.
+    """
+    text = _brief(error)
+    named = [key for key in given if re.search(rf"\b{key}\b", text)]
+    named += [key for key, value in given.items() if isinstance(value, str) and value and value.lower() in text.lower()]
+    if named:
+        return Mistake(f"trainer.{named[0]} = {shown(given[named[0]])}: {text}")
+    return Mistake(f"trainer: {text} (given: {', '.join(f'{key} = {shown(value)}' for key, value in given.items())})")

@@ -1,5 +1,6 @@
 """What was measured, when and for whom -> result segments and TensorBoard. The only place that knows tags."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
 from dlnlab import checks, results
+from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.models import LinearNetwork
 from dlnlab.schedule import Schedule
@@ -98,10 +100,8 @@ class Recorder(Callback):
         pairs: bool = False,
         max_runs: int = 64,
     ) -> None:
-        if every_n_steps is not None and at is not None:
-            raise ValueError("record: give every_n_steps or at, not both")
-        self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at, pairs)
-        self.pairs = pairs
+        self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at, pairs, "record")
+        self.pairs = checks.flag("record.pairs", pairs)
         self.variables = variables
         self.max_runs = checks.integer("record.max_runs", max_runs, at_least=1)
         self.directory: Path | None = None
@@ -138,6 +138,7 @@ class Recorder(Callback):
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
             self.names = self._check_variables(module)
+            self._check_memory(module)
             module.record_schedule, module.record_variables = self.schedule, self._variable_names()
         elif self.variables is not None:
             raise ValueError(f"record.variables: {type(module).__name__} is no LinearNetwork and states no variables")
@@ -152,6 +153,19 @@ class Recorder(Callback):
             if not callable(defined[name]):
                 raise ValueError(f"record.variables: {name} is not defined here: {defined[name]}")
         return tuple(dict.fromkeys(self.variables))
+
+    def _check_memory(self, module: LinearNetwork) -> None:
+        """Refuse records too large to be held until their segment is written."""
+        variables = module.variables()
+        with torch.no_grad():
+            each = sum(found.numel() * found.element_size() for found in (variables[name]() for name in self.names))
+        refuse_beyond_memory(
+            4 * max(each, _SEGMENT_BYTES),  # recorded, stacked, as a file in memory, and its checksummed copy
+            module.device,
+            "record.variables",
+            f"one record of {', '.join(self.names)} has {each:,}",
+            "record less, or use fewer members",
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare, where `prepare` was not called before."""
@@ -209,6 +223,12 @@ class Recorder(Callback):
             due = [name for name in self._variable_names() if self._last_recorded.get(name, -1) < step]
             if due:
                 self.record(step, module.measure(due), final=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what was recorded until then; a disk that is full must not hide what happened."""
+        del trainer, pl_module, exception
+        with contextlib.suppress(OSError):
+            self.flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write what is left, the last step's extra records in a segment of their own that no checkpoint counts."""

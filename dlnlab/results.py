@@ -161,6 +161,7 @@ def load_results(run: str | Path) -> xr.Dataset:
         Variables over the ensemble's axes in the order written (an axis of length 1 is kept), then `step`, then
         `coordinate` (`index` for spectra, `row` and `column` for matrices), float64. `step` is the union of all
         schedules: NaN where a variable was not recorded. `status` is text; `stopped_at` and `step_size` have no step.
+        `encoding["source"]` is the run directory.
 
     Raises:
         FileNotFoundError: If the folder is no run.
@@ -177,7 +178,9 @@ def load_results(run: str | Path) -> xr.Dataset:
             parts.append(read_segment(path))
         except DamagedFileError as error:
             raise ResultError(f"{error}; move it and the later segments away to read those before it") from None
-    return _assemble(header, parts)
+    dataset = _assemble(header, parts)
+    dataset.encoding["source"] = str(run)  # where xarray says what it has read
+    return dataset
 
 
 def _assemble(header: dict, parts: Iterable[dict[str, np.ndarray]]) -> xr.Dataset:

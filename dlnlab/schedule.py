@@ -8,7 +8,8 @@ import numpy as np
 
 from dlnlab import checks
 
-MOST_VALUES = 10_000_000
+MOST_VALUES = 1_000_000
+"""More are a mistake: no list of steps or axis is so long."""
 
 
 def expand(spec: Any, where: str) -> list[Any]:
@@ -42,26 +43,35 @@ def expand(spec: Any, where: str) -> list[Any]:
 def _expand_form(spec: dict, where: str) -> list[Any]:
     forms = "linear: [lo, hi, n], log10: [lo, hi, n], range: n or range: [a, b]"
     if len(spec) != 1 or not set(spec) <= {"linear", "log10", "range"}:
-        raise ValueError(f"{where} = {spec}: must be a list, a scalar or one of {forms}")
+        raise ValueError(f"{where} = {checks.shown(spec)}: must be a list, a scalar or one of {forms}")
     form, arguments = next(iter(spec.items()))
     if form == "range":
         bounds = arguments if isinstance(arguments, Sequence) else [arguments]
         if len(bounds) not in (1, 2):
-            raise ValueError(f"{where}.range = {arguments}: must be n or [a, b]")
-        found = range(*(checks.integer(f"{where}.range", bound, at_least=-(2**62)) for bound in bounds))
+            raise ValueError(f"{where}.range = {checks.shown(arguments)}: must be n or [a, b]")
+        found = range(*(checks.integer(f"{where}.range", bound, at_least=-checks.LARGEST) for bound in bounds))
         if len(found) > MOST_VALUES:
-            raise ValueError(f"{where}.range = {arguments}: {len(found):,} values, at most {MOST_VALUES:,} make sense")
+            raise ValueError(
+                f"{where}.range = {checks.shown(arguments)}: {len(found):,} values, at most {MOST_VALUES:,} make sense"
+            )
         return list(found)
     if not isinstance(arguments, Sequence) or len(arguments) != 3:
-        raise ValueError(f"{where}.{form} = {arguments}: must be [lo, hi, n]")
+        raise ValueError(f"{where}.{form} = {checks.shown(arguments)}: must be [lo, hi, n]")
     low, high = (checks.number(f"{where}.{form}", end) for end in arguments[:2])
     count = checks.integer(f"{where}.{form}[2]", arguments[2], at_least=1, at_most=MOST_VALUES)
     points = np.linspace(low, high, count)
     if form == "log10" and max(abs(low), abs(high)) > 307:
         raise ValueError(
-            f"{where}.log10 = {arguments}: lo and hi are exponents of ten and must lie within -307 and 307"
+            f"{where}.log10 = {checks.shown(arguments)}: lo and hi are exponents of ten and must lie within -307 and 307"
         )
     return (10.0**points if form == "log10" else points).tolist()
+
+
+def _step(where: str, value: Any) -> float:
+    step = checks.number(where, value, at_least=0)
+    if step > checks.LARGEST:
+        raise ValueError(f"{where} = {checks.shown(value)}: must be at most {checks.LARGEST}")
+    return step
 
 
 class Schedule:
@@ -72,22 +82,26 @@ class Schedule:
         at: A list of steps in any form `expand` knows, rounded to whole steps; repeats are dropped.
         pairs: Add k + 1 for every step k: at the edge of stability gradient descent oscillates with period 2, and a
             schedule of even steps would only ever see one phase.
+        of: Whose schedule it is, the beginning of messages.
 
     Raises:
         ValueError: If both or neither are given, or a value is no step.
     """
 
-    def __init__(self, every_n_steps: int | None = None, at: Any = None, pairs: bool = False) -> None:
+    def __init__(
+        self, every_n_steps: int | None = None, at: Any = None, pairs: bool = False, of: str | None = None
+    ) -> None:
         if (every_n_steps is None) == (at is None):
-            raise ValueError("a schedule needs either every_n_steps or at, and not both")
-        self.pairs = pairs
+            raise ValueError(f"{of or 'a schedule'}: needs either every_n_steps or at, and not both")
+        key = f"{of}." if of else ""
+        self.pairs = checks.flag(f"{key}pairs", pairs)
         self.every_n_steps = every_n_steps
         self.steps: list[int] | None = None
         if at is not None:
-            steps = {round(checks.number("at", value, at_least=0)) for value in expand(at, "at")}
+            steps = {round(_step(f"{key}at", value)) for value in expand(at, f"{key}at")}
             self.steps = sorted(steps | {step + 1 for step in steps} if pairs else steps)
         else:
-            checks.integer("every_n_steps", every_n_steps, at_least=1)
+            checks.integer(f"{key}every_n_steps", every_n_steps, at_least=1)
 
     def next_after(self, step: int) -> int | None:
         """The first scheduled step later than `step`, or None."""

@@ -158,8 +158,7 @@ def test_a_checkpoint_of_parameters_alone_is_no_place_to_go_on_from(program, fin
     saved.save_checkpoint({"global_step": 130, "state_dict": whole["state_dict"]}, finished / LAST)
     code, output = program(finished, resume=True)
     assert code == 2
-    assert output == (
-        f"dlnlab fit: ckpt_path = {LAST}: this is no checkpoint of a whole run that `dlnlab fit` has made\n")  # fmt: skip
+    assert output == f"dlnlab fit: ckpt_path = {LAST}: is no checkpoint of a fit of dlnlab\n"
 
 
 @pytest.mark.parametrize("spoil", ["unlink", "truncate", "flip"])
@@ -201,7 +200,7 @@ def test_a_run_that_is_being_written_is_not_resumed_by_another(program, referenc
 
     assert program(tmp_path, before=at_step(50, resume_it))[0] == 0
     assert (tmp_path / "seen").read_text() == (
-        f"2 dlnlab fit: {RUN} is in use: the fit that writes it has not ended\n")  # fmt: skip
+        f"2 dlnlab fit: ckpt_path: {RUN} is in use: the fit that writes it has not ended\n")  # fmt: skip
     assert difference(tmp_path, reference) is None
 
 
@@ -265,7 +264,7 @@ def test_the_handlers_of_the_caller_come_back(program, tmp_path):
         run.carry_out = then_look
 
     before = f"{signal.default_int_handler} {signal.SIG_DFL}"
-    assert program(tmp_path, before=handlers)[1].splitlines()[-1] == before
+    assert program(tmp_path, before=handlers)[1].splitlines()[0] == before
 
 
 # Disks ----------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ class Measurement(Callback):
     """Names of trailing dimensions, where they are not `coordinate` or `row` and `column`."""
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
-        if every_n_steps is not None and at is not None:
-            raise ValueError(f"{type(self).__name__}: give every_n_steps or at, not both")
-        self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at)
+        self.schedule = (
+            None if every_n_steps is None and at is None else Schedule(every_n_steps, at, of=type(self).__name__)
+        )
         self._last_step = -1
         self._finished = False
 

@@ -81,6 +81,9 @@ class SyntheticData(LightningDataModule):
     axes: ClassVar[tuple[str, ...]] = ()
     """The arguments that may be axes of the ensemble; sizes cannot."""
 
+    depends_on_seed: ClassVar[bool] = True
+    """False where the members of all seeds share one problem."""
+
     ensemble: Ensemble | None = None
     """Set where the model brings none (a plain LightningModule); otherwise the model's is used."""
 
@@ -110,6 +113,10 @@ class SyntheticData(LightningDataModule):
         """Memory one problem needs, if it is known before it is drawn."""
         return None
 
+    def bytes_to_draw(self) -> int:
+        """Memory that drawing one problem needs beside it; random words and Box-Muller's parts of x, unless known."""
+        return 12 * (self.bytes_per_problem() or 0)
+
     def setup(self, stage: str | None = None) -> None:
         """Draw all problems of the ensemble, once."""
         del stage
@@ -117,7 +124,8 @@ class SyntheticData(LightningDataModule):
             return
         ensemble = self._ensemble()
         ensemble.data_axes = tuple(name for name in self.axes if name in ensemble.axes)
-        self.data_index, combinations = ensemble.group(("seed", *ensemble.data_axes))
+        seed = ("seed",) if self.depends_on_seed else ()
+        self.data_index, combinations = ensemble.group((*seed, *ensemble.data_axes))
         values = [{name: combo.get(name, getattr(self, name)) for name in self.axes} for combo in combinations]
         for one in values:
             self.check(one)
@@ -154,12 +162,10 @@ class SyntheticData(LightningDataModule):
         each = self.bytes_per_problem()
         if each is None:
             return
-        available = free_memory(device)
-        if 2 * count * each > available:  # each problem is drawn, then stacked
-            raise ValueError(
-                f"the data need {2 * count * each:,} bytes ({count} problems of {each:,}, twice while they are stacked) "
-                f"and {device} has {available:,} free: use fewer seeds or smaller sizes"
-            )
+        needed = 3 * count * each + self.bytes_to_draw()  # drawn, stacked, divided into training and test rows
+        refuse_beyond_memory(
+            needed, device, "the data", f"{count:,} problems of {each:,}", "use fewer seeds or smaller sizes"
+        )
 
     def _draw(self, stream: Stream, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         name = type(self).__name__
@@ -203,6 +209,24 @@ class SyntheticData(LightningDataModule):
         """Nothing moves: the data are drawn where they are used."""
         del device, dataloader_idx
         return batch
+
+
+def refuse_beyond_memory(needed: int, device: torch.device, what: str, detail: str, advice: str) -> None:
+    """Raise ValueError where a device has less than `needed` bytes free.
+
+    Args:
+        needed: An estimate, known before anything is allocated.
+        device: Where they would be.
+        what: Needs them.
+        detail: Where the number comes from.
+        advice: What to do.
+
+    Raises:
+        ValueError: With all of these.
+    """
+    available = free_memory(device)
+    if needed > available:
+        raise ValueError(f"{what} need {needed:,} bytes ({detail}) and {device} has {available:,} free: {advice}")
 
 
 def free_memory(device: torch.device) -> int:

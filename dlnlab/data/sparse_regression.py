@@ -77,7 +77,7 @@ class SparseRegression(SyntheticData):
         self.row_scale = row_scale
         self.signal = checks.one_of("signal", signal, SIGNALS)
         self.signal_scale = checks.positive("signal_scale", signal_scale)
-        self.normalize_columns = normalize_columns
+        self.normalize_columns = checks.flag("normalize_columns", normalize_columns)
         self.check({name: getattr(self, name) for name in self.axes})
 
     def check(self, values: dict[str, Any]) -> None:
@@ -93,6 +93,12 @@ class SparseRegression(SyntheticData):
     def bytes_per_problem(self) -> int:
         """Of x, y and the teacher in float64."""
         return 8 * ((self.num_samples + self.num_test_samples) * (self.dim + 1) + self.dim)
+
+    def bytes_to_draw(self) -> int:
+        """Three normal numbers make one of student_t; `correlated` has a covariance and its factor, (D, D)."""
+        beside = 2 if self.input_distribution == "student_t" else 1
+        covariance = 4 * 8 * self.dim**2 if self.input_distribution == "correlated" else 0
+        return beside * super().bytes_to_draw() + covariance
 
     def sample(self, stream: Stream, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """One problem; see the class."""

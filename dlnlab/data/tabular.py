@@ -63,7 +63,7 @@ class TabularRegression(SyntheticData):
         self.path = path
         self.target = target
         self.features = features
-        self.standardize = standardize
+        self.standardize = checks.flag("standardize", standardize)
         self.test_fraction = checks.number("test_fraction", test_fraction, at_least=0)
         if test_fraction >= 1:
             raise ValueError(f"test_fraction = {test_fraction}: must be below 1")

@@ -26,6 +26,7 @@ hyperparameters as axes (name them in `axes`, read them with `per_member`), and 
 callback has announced; `trainer.global_step` is true at every event, and no result depends on where chunks end.
 """
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,13 +35,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dlnlab import checks, streams
-from dlnlab.data.base import Problems
+from dlnlab.data.base import Problems, refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
@@ -54,6 +56,10 @@ _CHUNK_SECONDS = 0.1
 """A chunk aims at no more than this, so that Ctrl-C, signals and the progress bar stay prompt."""
 _SAMPLED_STEPS = 64
 """Mini-batches are drawn this many steps at a time."""
+_COPIES = 16
+"""Of every parameter, in the end: gradient, optimizer, the guard's, temporaries. Measured: 15 (Adam) to 20 (GainSGD)."""
+_ERROR_COPIES = 4
+"""Of every member's error on every row: a full batch's predictions. Measured."""
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -164,6 +170,15 @@ class LinearNetwork(LightningModule):
             num_outputs: K of the data, or None where y is a vector.
         """
 
+    def numbers_per_member(self, num_features: int, num_outputs: int | None) -> int:
+        """Parameters of one member, for an estimate of the memory they need before they are made.
+
+        Args:
+            num_features: D of the data.
+            num_outputs: K of the data, or None where y is a vector.
+        """
+        return num_features * (num_outputs or 1)
+
     def predictor(self) -> Tensor:
         """What the network computes, (E, D) or (E, K, D)."""
         raise NotImplementedError
@@ -258,20 +273,44 @@ class LinearNetwork(LightningModule):
         self.problem_index = data.data_index.to(device)
         if not list(self.parameters()):
             y = self.problems.y
+            sizes = self.problems.x.shape[-1], None if y.ndim == 2 else y.shape[-1]
+            self._check_memory(self.numbers_per_member(*sizes), device)
             with _default_dtype(self.number_type):
-                self.build(self.problems.x.shape[-1], None if y.ndim == 2 else y.shape[-1])
+                self.build(*sizes)
         self.to(device=device, dtype=self.number_type)
         self._check_shapes()
+        self._check_memory(sum(parameter.numel() for parameter in self.parameters()) // self.num_members, device)
         self._group_members()
         self.unit = LR_UNITS[self.lr_unit](self.problems)[self.problem_index]
         if stage == "fit":
             _refuse_what_manual_optimization_cannot_honour(self.trainer)
+            if type(self).configure_optimizers is not LinearNetwork.configure_optimizers:
+                raise ValueError(
+                    f"{type(self).__name__}.configure_optimizers: its optimizer and schedulers would not be used; "
+                    "give `optimizer` as an argument (learning-rate schedulers are not honoured)"
+                )
             if self._fitted_by is not self.trainer:  # another fit starts from the present parameters, at step 0
                 self._fitted_by = self.trainer
                 self._optimizer = self._build_optimizer()
                 self._kept, self._records = {}, []
                 self.status.fill_(RUNNING)
                 self.stopped_at.fill_(-1)
+
+    def _check_memory(self, numbers: int, device: torch.device) -> None:
+        """Refuse members that would not fit: parameters, optimizer, what the guard keeps, and what a step needs."""
+        _, rows, features = self.problems.x.shape
+        outputs = self.problems.y.shape[2:].numel()
+        test_rows = 0 if self.problems.x_test is None else self.problems.x_test.shape[1]
+        drawn = sum(min(size, rows) * features for size in self.per_member("batch_size") if size != "full")
+        each = _COPIES * numbers + _ERROR_COPIES * max(rows, test_rows) * outputs
+        needed = (self.num_members * each + drawn) * self.number_type.itemsize
+        refuse_beyond_memory(
+            needed,
+            device,
+            f"ensemble: {self.num_members:,} members",
+            f"{numbers:,} parameters and {max(rows, test_rows):,} rows each",
+            "use fewer members, smaller sizes or dtype: float32",
+        )
 
     def _check_shapes(self) -> None:
         for name, parameter in self.named_parameters():
@@ -327,6 +366,11 @@ class LinearNetwork(LightningModule):
                     "takes one per member"
                 ) from error
             raise
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer: must make a torch optimizer, got {checks.shown(optimizer)}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(f"optimizer: {type(optimizer).__name__} takes several losses a step, one is computed here")
         vectors = getattr(optimizer, "axes", ())
         scaled = bool((self.unit != 1).any())
         for group in optimizer.param_groups:
@@ -340,6 +384,10 @@ class LinearNetwork(LightningModule):
             if name not in vectors and len(set(given[name].tolist())) > 1:
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         return optimizer
+
+    def restart(self) -> None:
+        """Take the present parameters as the beginning: an optimizer without a past, whose gain is 0 here."""
+        self._optimizer = self._build_optimizer()
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
@@ -699,19 +747,53 @@ def _count_steps(trainer: Any, k: int) -> None:
         raise RuntimeError("this version of lightning keeps its step counters elsewhere: dlnlab needs 2.6") from error
 
 
-def _refuse_what_manual_optimization_cannot_honour(trainer: Any) -> None:
+def _refuse_what_manual_optimization_cannot_honour(trainer: Trainer) -> None:
     """Raise ValueError for trainer options that would silently do nothing, or something else."""
-    if trainer.gradient_clip_val:
-        raise ValueError("trainer.gradient_clip_val: clipping would couple the members; use a smaller lr")
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError("trainer.accumulate_grad_batches: use the model's batch_size")
-    if trainer.precision != "32-true":
-        raise ValueError(f"trainer.precision = {trainer.precision}: use the model's dtype, float64 or float32")
-    if trainer.world_size != 1:
-        raise ValueError("trainer.devices: one device for one fit; run parts of the ensemble as fits of their own")
-    if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval != 1:
-        raise ValueError("trainer.val_check_interval counts chunks, not steps; use a measurement's every_n_steps")
-    if trainer.fast_dev_run:
-        raise ValueError("trainer.fast_dev_run counts chunks, not steps; use --trainer.max_steps 10")
     if trainer.max_steps < 1:
         raise ValueError("trainer.max_steps: must be given, the number of optimizer steps")
+    checks.integer("trainer.max_steps", trainer.max_steps)
+    no_epochs = "a fit has no epochs and its batches are chunks of steps: only trainer.max_steps says how long it is"
+    refused = {
+        "gradient_clip_val": (trainer.gradient_clip_val, "clipping would couple the members; use a smaller lr"),
+        "accumulate_grad_batches": (trainer.accumulate_grad_batches != 1, "use the model's batch_size"),
+        "precision": (trainer.precision != "32-true", "use the model's dtype, float64 or float32"),
+        "num_nodes": (trainer.num_nodes != 1, "one device for one fit; run parts of the ensemble as fits of their own"),
+        "devices": (trainer.world_size != 1, "one device for one fit; run parts of the ensemble as fits of their own"),
+        "strategy": (not isinstance(trainer.strategy, SingleDeviceStrategy), "members share one device; leave it out"),
+        "fast_dev_run": (trainer.fast_dev_run, "it counts chunks, not steps; use --trainer.max_steps 10"),
+        "overfit_batches": (trainer.overfit_batches, no_epochs),
+        "limit_train_batches": (trainer.limit_train_batches not in (None, 1.0), no_epochs),
+        "max_epochs": (trainer.max_epochs not in (None, -1), no_epochs),
+        "min_epochs": (trainer.min_epochs, no_epochs),
+        "min_steps": (trainer.min_steps, "a fit ends when no member is running; guard.tol: 0 lets them go on"),
+        "val_check_interval": (trainer.val_check_interval not in (None, 1.0),
+                               "it counts chunks, not steps; use a measurement's every_n_steps"),
+        "check_val_every_n_epoch": (trainer.check_val_every_n_epoch != 1, no_epochs),
+        "reload_dataloaders_every_n_epochs": (trainer.reload_dataloaders_every_n_epochs, no_epochs),
+        "detect_anomaly": (trainer._detect_anomaly, "one diverging member would end the fit of all; see guard.bound"),
+        "barebones": (trainer.barebones, "use logger: false, enable_checkpointing: false"),
+    }  # fmt: skip
+    for name, (given, advice) in refused.items():
+        if given:
+            raise ValueError(f"trainer.{name}: {advice}")
+    if trainer.log_every_n_steps:
+        checks.integer("trainer.log_every_n_steps", trainer.log_every_n_steps)
+    for callback in trainer.callbacks:
+        if isinstance(callback, _REFUSED_CALLBACKS):
+            raise ValueError(f"trainer.callbacks: {type(callback).__name__} has no effect here: {no_epochs}")
+        if isinstance(callback, ModelCheckpoint) and not (
+            callback._every_n_train_steps or callback._train_time_interval
+        ):
+            raise ValueError(f"trainer.callbacks: {type(callback).__name__} needs every_n_train_steps: {no_epochs}")
+
+
+_REFUSED_CALLBACKS = (
+    callbacks.BatchSizeFinder,
+    callbacks.EarlyStopping,
+    callbacks.GradientAccumulationScheduler,
+    callbacks.LearningRateFinder,
+    callbacks.LearningRateMonitor,
+    callbacks.StochasticWeightAveraging,
+    callbacks.WeightAveraging,
+)
+"""Lightning's callbacks that act at ends of epochs, or on one learning rate or one batch size."""

@@ -59,6 +59,10 @@ class DiagonalLinearNetwork(LinearNetwork):
         self.w_plus = Parameter(scales.expand(-1, num_features).clone())
         self.w_minus = Parameter(scales.expand(-1, num_features).clone())
 
+    def numbers_per_member(self, num_features: int, num_outputs: int | None) -> int:
+        """w+ and w-."""
+        return 2 * num_features
+
     def predictor(self) -> Tensor:
         """beta, (E, D)."""
         return (self.w_plus.square() - self.w_minus.square()) / 2
