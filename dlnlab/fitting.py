@@ -606,7 +606,7 @@ def without_noise() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (".*does not have many workers.*", "Checkpoint directory .* exists", ".*dataloader.*length.*",
-                            ".* is damaged: .*; using .*",  # was said before the fit
+                            ".* is damaged.*; using .*",  # was said before the fit
                             "Using ModelCheckpoint with manual optimization.*", ".*LeafSpec.* is deprecated"):  # fmt: skip
                 warnings.filterwarnings("ignore", message)
             yield
