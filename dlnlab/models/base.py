@@ -503,12 +503,13 @@ class LinearNetwork(LightningModule):
         optimizer, due, records = self._optimizer, set(record_steps), []
         members = self.running
         for now in range(step, step + k):
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                total = sum(self.losses(batch).sum() for batch in self.batches(now, members))
-                total.backward()
-            optimizer.step()
-            self._hold_stopped()
+            if len(members):
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    total = sum(self.losses(batch).sum() for batch in self.batches(now, members))
+                    total.backward()
+                optimizer.step()
+                self._hold_stopped()
             if self.guard is not None and (now + 1) % self.guard.every_n_steps == 0:
                 self.check_members(now + 1)
                 members = self.running

@@ -196,6 +196,10 @@ class GainSGD(Optimizer):
         """Steps times step size, a number or a tensor (E,)."""
         return self.num_steps * self.param_groups[0]["lr"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch copies and pickles only what it knows of.
+        return {**super().__getstate__(), "num_steps": self.num_steps}
+
     def state_dict(self) -> dict[str, Any]:
         """Torch's, with the number of steps taken."""
         return {**super().state_dict(), "num_steps": self.num_steps}
