@@ -22,6 +22,16 @@ PERIOD = 32
 """Products are renormalised at absolute steps divisible by this, so that no result depends on chunks."""
 
 
+def floors(dtype: torch.dtype) -> tuple[float, float]:
+    """The least magnitude of a factor, and the one below which it is set from its product.
+
+    No factor crosses the distance between the two within one period.
+    """
+    limits = torch.finfo(dtype)
+    floor = limits.tiny**0.45
+    return floor, floor * (2.0**64 if limits.bits == 64 else 2.0**24)
+
+
 @dataclass
 class Factors:
     """w+, w- and what their steps have accumulated; every tensor has the shape of the factors.
@@ -97,9 +107,7 @@ class Factors:
             finite = torch.isfinite(product)
             product.copy_(torch.where(finite, mantissa, product))
             exponent.add_(torch.where(finite, shift, 0))
-        limits = torch.finfo(self.w_plus.dtype)
-        floor = limits.tiny**0.45
-        near = floor * (2.0**64 if limits.bits == 64 else 2.0**24)  # no factor crosses this within one period
+        floor, near = floors(self.w_plus.dtype)
         low_plus, low_minus = self.w_plus.abs() <= near, self.w_minus.abs() <= near
         for w, low, initial, log_abs, product in (
             (self.w_plus, low_plus, self.initial_plus, self.log_plus, self.product_plus),
