@@ -720,8 +720,8 @@ KEYS = [
 NUMBERS = st.sampled_from([-2, -1, 0, 1, 2, 3, 7, 30, 10**12, 2**53, 2**63, 10**30, HUGE, True, False, None, 0.5, -0.5,
                            1e-300, 1e300, -0.0, INF, -INF, NAN])  # fmt: skip
 WORDS = st.sampled_from(["", "x", "full", "1e3", "null", "ones", "SGD", "torch.optim.SGD", "GainSGD", "mine.Plain",
-                         "float32", "SparseRegression", "DiagonalLinearNetwork", "train_loss", "beta", ".", "a/b", "\0", "ü", "epochs",
-                         "note.txt", "{", "[1", "!!python/name:os.system", "=", "@", "%"])  # fmt: skip
+                         "float32", "SparseRegression", "DiagonalLinearNetwork", "train_loss", "beta", ".", "a/b", "\0",
+                         "ü", "epochs", "note.txt", "{", "[1", "!!python/name:os.system", "=", "@", "%"])  # fmt: skip
 FORMS = st.sampled_from(
     ["log10", "linear", "range", "class_path", "init_args", "lr", "seed", "every_n_steps", "x", 3, None]
 )
