@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Ensemble": "dlnlab.ensemble",
     "load_results": "dlnlab.results",
+    "run": "dlnlab.interactive",
+    "simulate": "dlnlab.interactive",
 }
 _ROOMS = ("callbacks", "data", "figures", "models", "optim", "streams")
 

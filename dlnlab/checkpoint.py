@@ -22,13 +22,18 @@ class AtomicCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a full disk or a crash leaves the one before untouched."""
+        """Write a checkpoint; a full disk or a crash leaves the one before untouched.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         del storage_options
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_atomic(path, buffer.getvalue(), checksum=True, keep_previous=True)
+        # A damaged one must not take the place of the whole one it had replaced.
+        write_atomic(path, buffer.getvalue(), checksum=True, keep_previous=_is_whole(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -41,12 +46,12 @@ class AtomicCheckpointIO(CheckpointIO):
         del weights_only
         path = Path(path)
         try:
-            return _load(path, map_location)
+            return read_checkpoint(path, map_location)
         except CheckpointError as error:
             previous = path.with_name(path.name + ".previous")
             if not previous.exists():
                 raise
-            checkpoint = _load(previous, map_location)
+            checkpoint = read_checkpoint(previous, map_location)
             warnings.warn(f"{error}; using {previous}, step {checkpoint.get('global_step')}, instead", stacklevel=2)
             return checkpoint
 
@@ -57,7 +62,27 @@ class AtomicCheckpointIO(CheckpointIO):
             each.unlink(missing_ok=True)
 
 
-def _load(path: Path, map_location: Any) -> dict[str, Any]:
+def _is_whole(path: Path) -> bool:
+    try:
+        read_verified(path)
+    except (DamagedFileError, FileNotFoundError):
+        return False
+    return True
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read one checkpoint, and no other in its place.
+
+    Args:
+        path: The file.
+        map_location: Where its tensors go, as for `torch.load`.
+
+    Returns:
+        The checkpoint: tensors and plain containers.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or no checkpoint.
+    """
     try:
         return torch.load(io.BytesIO(read_verified(path)), map_location=map_location, weights_only=True)
     except FileNotFoundError:

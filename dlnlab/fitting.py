@@ -8,10 +8,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -21,22 +22,23 @@ import jsonargparse
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
 from dlnlab import checks, strict_yaml
-from dlnlab.callbacks import Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
+from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
 from dlnlab.ensemble import Ensemble
 from dlnlab.figures import Figure
-from dlnlab.files import write_atomic
+from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, explain, home, trainer_mistake
 from dlnlab.models import LinearNetwork
-from dlnlab.results import HEADER, load_results
+from dlnlab.results import HEADER, ResultError, load_results, verify_segments
+from dlnlab.start import Start
 
 _LOGS = "lightning_logs"
 _FIXED = ("ensemble", "model", "data", "seed", "guard", "record")
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(1)  # the tensors here are small: more threads wait for each other
     command = argv[0]
     try:
-        with _quiet():
+        with quiet():
             run = Run(argv)
             run.check()
     except Exception as error:  # whatever it is, nothing was made yet, and there is nothing to save
@@ -58,16 +60,32 @@ def main(argv: list[str]) -> int:
         print(f"dlnlab {command}: {explain(error)}", file=sys.stderr)
         return 2
     try:
-        with _without_noise():
+        with without_noise():
             run.carry_out()
+    except Interrupted as end:
+        print(f"dlnlab {command}: {end}", file=sys.stderr)
+        print(f"run: {run.directory}")
+        return 128 + end.signal
     except Exception as error:
-        if not isinstance(error, OSError):  # a full disk needs no traceback; what may be a bug does
+        if not isinstance(error, OSError | CheckpointError | ResultError):  # a full disk needs no traceback, a bug does
             traceback.print_exc()
-        print(f"dlnlab {command}: {run.where()}: {explain(error)}", file=sys.stderr)
-        if run.directory is not None:
-            print(f"run: {run.directory} (holds what was recorded until then)", file=sys.stderr)
+        print(f"dlnlab {command}: {run.where()}: {explain(error)}{run.way_on()}", file=sys.stderr)
         return 1
+    run.announce()
     return 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A fit that a signal has ended in order; says at which step, and how it goes on.
+
+    Args:
+        message: That.
+        signal: The signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class Run(LightningCLI):
@@ -75,10 +93,16 @@ class Run(LightningCLI):
 
     Args:
         argv: The command and its arguments.
+        write: Make a run directory; without it a fit leaves nothing on disk and its results in the recorder.
+        replaced: Axes that take the place of scalars the config gives, where it would be an error to have both.
     """
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
         self.directory: Path | None = None
+        self._last_checkpoint: Path | None = None
+        self._let_go = contextlib.ExitStack()
+        self.write = write
+        self.replaced = tuple(replaced)
         self.command = argv[0]
         patient = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -105,6 +129,8 @@ class Run(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="The run is lightning_logs/NAME/version_N; "
                             "the last config file's stem unless given.")  # fmt: skip
         parser.add_argument("--seed", type=int, default=0, help="The root of all random streams.")
+        parser.add_argument("--init_from", type=str | None, default=None, help="RUN or RUN@STEP: a fit starts, at step "
+                            "0, from the parameters of another run's last checkpoint, or the one of STEP.")  # fmt: skip
         parser.add_argument("--ensemble", type=dict[str, Any], default={}, help="Named axes, whose product is the "
                             "members: {lr: {log10: [-2, 0, 9]}, batch_size: [1, full], seed: 20}.")  # fmt: skip
         parser.add_class_arguments(Recorder, "record")
@@ -122,9 +148,13 @@ class Run(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
+        args = _configs_first(args)
         strict_yaml.check_arguments(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
+        for _, arguments in _init_args(self.given[self.given.subcommand]):
+            for name in self.replaced:
+                arguments.pop(name, None)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint here; ours are compared instead (`check`)."""
@@ -175,11 +205,15 @@ class Run(LightningCLI):
                 section = home(type(callback))
                 raise ValueError(f"trainer.callbacks: {type(callback).__name__} is always on; set it in `{section}:`")
         self.recorder, guard = self.config_init[self.subcommand].record, self.config_init[self.subcommand].guard
+        if not self.write:
+            config |= {"logger": False, "enable_checkpointing": False}
+            chosen = [callback for callback in chosen if not isinstance(callback, Checkpoint)]
         self.wants_logger = config["logger"] in (None, True)
         if self.wants_logger:
             config["logger"] = False
         if self.subcommand == "fit":
-            chosen = [guard, *chosen, self.recorder]
+            self.interruption = Interruption()
+            chosen = [guard, *chosen, self.recorder, self.interruption]
             if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in chosen):
                 chosen.append(RunCheckpoint(grid=guard.settings.every_n_steps))
             if config["enable_progress_bar"] is not False:
@@ -200,7 +234,7 @@ class Run(LightningCLI):
     # Checking ---------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Set everything up in memory and refuse what cannot run; then, for a fit, claim the run directory.
+        """Set everything up in memory and refuse what cannot run; then, for a fit that writes, claim the run directory.
 
         Raises:
             ValueError, OSError: What is wrong, in words.
@@ -224,6 +258,9 @@ class Run(LightningCLI):
                 self._compare(checkpoint)
         if self.subcommand != "fit":
             return
+        start = self._start(checkpoint)
+        if start is not None:
+            start.apply(model)
         with about("record", Recorder):
             self.recorder.prepare(trainer, model)
         variables = set(self.recorder.names)
@@ -238,14 +275,22 @@ class Run(LightningCLI):
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
             with about("figures", type(figure)):
                 figure.check(variables, self.recorder.ensemble.axes)
+        self._describe(start)
+        if not self.write:
+            return
         if checkpoint is not None:
-            self.directory = Path(self._arguments["ckpt_path"]).parent.parent
+            self.directory = self._directory_of_checkpoint()
         else:
             root = Path(self.config.fit.trainer.default_root_dir or "")
             self.directory = claim(root / _LOGS / self._name())
         try:
+            with about("ckpt_path"):
+                self._hold()
+                if checkpoint is not None:
+                    self._verify_records(checkpoint)
             self._tie(checkpoint)
         except BaseException:
+            self._let_go.close()
             if checkpoint is None:
                 give_back(self.directory)
             raise
@@ -253,7 +298,7 @@ class Run(LightningCLI):
     def _name(self) -> str:
         name = self.config.fit.name
         if name is None:
-            files = self.config.fit.config or []
+            files = [file for file in self.config.fit.config or [] if file is not None]  # None: given as text
             name = Path(str(files[-1])).stem if files else type(self.model).__name__
         if not name.isprintable() or name != Path(name).name or name in ("", ".."):
             raise ValueError(f"name = {name!r}: must be the name of a folder, not a path")
@@ -265,8 +310,31 @@ class Run(LightningCLI):
             return None
         if not Path(path).is_file():
             raise CheckpointError(f"ckpt_path = {path}: there is no such file")
-        with about("ckpt_path"):
-            return AtomicCheckpointIO().load_checkpoint(path)
+        with about("ckpt_path"), warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        for warning in heard:  # that the one before is used instead
+            print(f"dlnlab {self.subcommand}: {warning.message}", file=sys.stderr)
+        return checkpoint
+
+    def _directory_of_checkpoint(self) -> Path:
+        return Path(os.path.normpath(Path(self._arguments["ckpt_path"]).parent / ".."))  # its name alone may be given
+
+    def _start(self, checkpoint: dict[str, Any] | None) -> Start | None:
+        """What the fit starts from, if it is another run; a resumed fit did so when it began."""
+        given = self.config.fit.init_from
+        if checkpoint is None:
+            start = None if given is None else Start.read(given)
+            self.resolved["init_from"] = None if start is None else start.source
+            return start
+        recorded = (checkpoint["dlnlab_config"] or {}).get("init_from")
+        if given is not None and given not in (recorded, str(recorded).rpartition("@")[0]):
+            raise CheckpointError(
+                f"init_from = {given}: the checkpoint's run started from {recorded}; a resume must not change it "
+                "(start a new run instead)"
+            )
+        self.resolved["init_from"] = recorded
+        return None
 
     def _compare(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another config, before anything of it is used."""
@@ -275,9 +343,10 @@ class Run(LightningCLI):
         if not recorded or not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
             raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
         fitting = self.subcommand == "fit"
-        if fitting and not (path.parent.parent / "results" / HEADER).exists():
+        directory = self._directory_of_checkpoint()
+        if fitting and not (directory / "results" / HEADER).exists():
             raise CheckpointError(
-                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {path.parent.parent} is none"
+                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {directory} is none"
             )
         then, now = _what_must_agree(recorded, fitting), _what_must_agree(self.resolved, fitting)
         for key in dict.fromkeys((*then, *now)):
@@ -293,6 +362,30 @@ class Run(LightningCLI):
                 reason = str(error).partition("\n")[2]  # the first line names the class
                 raise CheckpointError(f"ckpt_path = {path}: does not fit the model: {reason}") from error
 
+    def _describe(self, start: Start | None) -> None:
+        """Tell the recorder what its results shall say about the run."""
+        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
+        versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        config = yaml.safe_dump(self.resolved, sort_keys=False)
+        self.recorder.config = self.resolved
+        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions, indent=1)}
+        if start is not None:
+            self.recorder.attributes["init_from"] = start.provenance
+
+    def _verify_records(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on after segments that are not there as they were."""
+        records = checkpoint["callbacks"].get(self.recorder.state_key)
+        if records is None:
+            raise CheckpointError(f"ckpt_path = {self._arguments['ckpt_path']}: says nothing about the run's records")
+        verify_segments(self.directory / "results", records["segments"], records["chain"])
+
+    def _hold(self) -> None:
+        """Keep others from the run directory: two fits in one would tear each other's results."""
+        try:
+            self._let_go.callback(hold(self.directory))
+        except BlockingIOError:
+            raise CheckpointError(f"{self.directory} is in use: the fit that writes it has not ended") from None
+
     def _tie(self, checkpoint: dict[str, Any] | None) -> None:
         """Point logger, checkpoints, records and config to the run directory."""
         if self.wants_logger:
@@ -305,14 +398,15 @@ class Run(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.directory / "checkpoints")
-        versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
-        versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        config = yaml.safe_dump(self.resolved, sort_keys=False)
-        write_atomic(self.directory / "config.yaml", config.encode())
-        write_atomic(self.directory / "versions.json", json.dumps(versions, indent=1).encode())
+        self._last_checkpoint = self.directory / "checkpoints" / "last.ckpt"
+        if self.trainer.checkpoint_callbacks:
+            self.interruption.checkpoint = self._last_checkpoint
+        if checkpoint is not None:
+            for folder in (self.directory, self.directory / "results", self.directory / "checkpoints"):
+                remove_leftovers(folder)
+        write_atomic(self.directory / "config.yaml", self.recorder.attributes["config"].encode())
+        write_atomic(self.directory / "versions.json", self.recorder.attributes["versions"].encode())
         self.recorder.directory = self.directory
-        self.recorder.config = self.resolved
-        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions)}
 
     # Carrying out -----------------------------------------------------------------------------------------------------
 
@@ -321,17 +415,41 @@ class Run(LightningCLI):
         return f"failed after step {self.trainer.global_step}" if self.subcommand == "fit" else "failed"
 
     def carry_out(self) -> None:
-        """Do what was asked for; a fit draws its figures and prints its run directory last."""
-        getattr(self.trainer, self.subcommand)(**self._arguments)
-        if self.subcommand != "fit":
-            return
-        if self.figures:
+        """Do what was asked for; a fit that writes draws its figures.
+
+        Raises:
+            Interrupted: If a signal has ended a fit.
+        """
+        with self._let_go:
+            if self.subcommand == "fit":
+                self._fit()
+            else:
+                getattr(self.trainer, self.subcommand)(**self._arguments)
+
+    def _fit(self) -> None:
+        with self.interruption:
+            self.trainer.fit(**self._arguments)
+        number = self.interruption.signal
+        if number is not None:
+            name, step = signal.Signals(number).name, self.trainer.global_step
+            raise Interrupted(f"stopped at step {step} by {name}{self.way_on()}", number)
+        if self.write and self.figures:
             dataset = load_results(self.directory)
             saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
             self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
+
+    def announce(self) -> None:
+        """Say how a fit's members ended and, last, where its run directory is."""
+        if self.subcommand != "fit":
+            return
         if isinstance(self.model, LinearNetwork):
             print(f"members: {MemberGuard.summary(self.model)}")
         print(f"run: {self.directory}")
+
+    def way_on(self) -> str:
+        """How a fit that was cut short goes on, the end of a sentence."""
+        last = self._last_checkpoint
+        return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
 
 
 def claim(parent: Path) -> Path:
@@ -454,8 +572,21 @@ def _what_must_agree(resolved: dict[str, Any], fitting: bool) -> dict[str, Any]:
     return flat
 
 
+def _configs_first(args: list[str]) -> list[str]:
+    """The same command line with its config files before all else: the parser lets whatever comes later win."""
+    configs, others, rest = [], [], iter(args[1:])
+    for argument in rest:
+        if argument in ("--config", "-c"):
+            configs += [argument, *([following] if (following := next(rest, None)) is not None else [])]
+        elif argument.startswith("--config="):
+            configs.append(argument)
+        else:
+            others.append(argument)
+    return [args[0], *configs, *others]
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what Lightning has to say until it is known that there will be a run."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -471,7 +602,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """Leave out messages of Lightning that do not apply to chunks: loaders, workers, device advertisements."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -479,6 +610,7 @@ def _without_noise() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (".*does not have many workers.*", "Checkpoint directory .* exists", ".*dataloader.*length.*",
+                            ".* is damaged.*; using .*",  # was said before the fit
                             "Using ModelCheckpoint with manual optimization.*", ".*LeafSpec.* is deprecated"):  # fmt: skip
                 warnings.filterwarnings("ignore", message)
             yield

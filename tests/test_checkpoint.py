@@ -165,15 +165,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("stop", [37, 64])
+@pytest.mark.parametrize(("name", "stop"), [("closed form", 64), *((name, 37) for name in OPTIMIZERS)])
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, fit, name, stop):
     cls, arguments = OPTIMIZERS[name]
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 3))
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
     y = x[..., 0] + 0.3 * rng.normal(size=(2, 5))
-    y[0] *= 1e3  # one seed diverges where lr is large, after the checkpoint or before
+    y[0] *= 12  # where lr is large, its members diverge at step 25 (and go back to 0) or at step 50 (back to 25)
     axes = {"batch_size": [1, 3, "full"], "sampling": ["replacement", "subset", "epochs"], "seed": 2}
     if name != "Adam":
         axes |= {"lr": [0.02, 0.3], "weight_decay": [0.0, 0.01]}
@@ -190,7 +189,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, fit
     resumed, other = run(ckpt_path=path)
     assert one.global_step == other.global_step == 130
     if name != "Adam":
-        assert len(set(whole.status.tolist())) > 1
+        assert set(whole.stopped_at.tolist()) == {-1, 0, 25}
     states = zip(whole.member_state().items(), resumed.member_state().items(), strict=True)
     for (key, found), (_, right) in states:
         assert found.dtype == right.dtype

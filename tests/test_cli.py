@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import dlnlab
+from dlnlab.cli import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -28,7 +29,9 @@ def run_directory(finished, cwd):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_record(config, tmp_path):
+def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_record(
+    config, tmp_path, monkeypatch, capsys
+):
     run = run_directory(command_line("fit", "--config", str(ROOT / config), *SMALL, cwd=tmp_path), tmp_path)
     assert run == tmp_path / "lightning_logs" / Path(config).stem / "version_0"
     assert {path.name for path in run.iterdir()} >= {
@@ -40,7 +43,9 @@ def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_r
     }
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".pdf", ".csv"}
-    again = run_directory(command_line("fit", "--config", str(run / "config.yaml"), cwd=tmp_path), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
+    again = tmp_path / capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
     first, second = dlnlab.load_results(run), dlnlab.load_results(again)
     assert first.sizes["seed"] == 2
     assert int(first.step[-1]) == 30
@@ -68,6 +73,20 @@ def test_every_command_of_the_readme_runs(tmp_path):
         assert finished.stderr == ""
 
 
+def test_later_configs_replace_the_ensemble_and_values_on_the_command_line_win_wherever_they_stand(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text("ensemble: {lr: [0.1, 0.2]}\ntrainer: {max_steps: 50}\n")
+    first, second = ["--config", str(ROOT / "configs" / "quickstart.yaml")], ["--config", "other.yaml"]
+    for arguments in ([*first, *second, "--trainer.max_steps", "7"], ["--trainer.max_steps", "7", *first, *second]):
+        assert main(["fit", *arguments, "--name", "layers"]) == 0
+        results = dlnlab.load_results(max(Path("lightning_logs/layers").iterdir()))
+        assert dict(results.distance.sizes) == {"lr": 2, "step": 8}
+    assert main(["fit", "--ensemble.seed", "3", *first, *second, "--trainer.max_steps", "2", "--name", "axis"]) == 0
+    assert dict(dlnlab.load_results("lightning_logs/axis/version_0").distance.sizes) == {"lr": 2, "seed": 3, "step": 3}
+
+
 def test_help_is_at_hand_without_torch():
     code = "import sys; from dlnlab.cli import main; assert main(['--help']) == 0; assert 'torch' not in sys.modules"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -82,14 +101,14 @@ def test_an_unknown_command_lists_the_known_ones(tmp_path):
 
 
 def test_validate_and_test_give_the_losses_of_a_checkpoint(tmp_path):
-    config = str(ROOT / "configs" / "quickstart.yaml")
-    run = run_directory(command_line("fit", "--config", config, *SMALL, cwd=tmp_path), tmp_path)
+    config, small = str(ROOT / "configs" / "quickstart.yaml"), [*SMALL, "--ensemble.lr", "[0.05, 0.1]"]
+    run = run_directory(command_line("fit", "--config", config, *small, cwd=tmp_path), tmp_path)
     losses = dlnlab.load_results(run).isel(step=-1)
     for command, variable in (("validate", losses.train_loss), ("test", losses.test_loss)):
         checkpoint = str(run / "checkpoints" / "last.ckpt")
-        shown = command_line(command, "--config", config, *SMALL, "--ckpt_path", checkpoint, cwd=tmp_path)
+        shown = command_line(command, "--config", config, *small, "--ckpt_path", checkpoint, cwd=tmp_path)
         assert shown.returncode == 0, shown.stderr
-        largest = float(re.search(r"loss/\w+/max\D*([\d.e+-]+)", shown.stdout)[1])
+        largest = float(re.search(r"loss/\w+/max\W+([\d.]+(?:e[+-]\d+)?)", shown.stdout)[1])
         assert largest == pytest.approx(float(variable.max()), rel=1e-5)  # what the table prints
 
 

@@ -81,6 +81,9 @@ class SyntheticData(LightningDataModule):
     axes: ClassVar[tuple[str, ...]] = ()
     """The arguments that may be axes of the ensemble; sizes cannot."""
 
+    depends_on_seed: ClassVar[bool] = True
+    """False where the members of all seeds share one problem."""
+
     ensemble: Ensemble | None = None
     """Set where the model brings none (a plain LightningModule); otherwise the model's is used."""
 
@@ -121,7 +124,8 @@ class SyntheticData(LightningDataModule):
             return
         ensemble = self._ensemble()
         ensemble.data_axes = tuple(name for name in self.axes if name in ensemble.axes)
-        self.data_index, combinations = ensemble.group(("seed", *ensemble.data_axes))
+        seed = ("seed",) if self.depends_on_seed else ()
+        self.data_index, combinations = ensemble.group((*seed, *ensemble.data_axes))
         values = [{name: combo.get(name, getattr(self, name)) for name in self.axes} for combo in combinations]
         for one in values:
             self.check(one)

@@ -31,7 +31,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from dlnlab.files import write_atomic
@@ -48,6 +48,13 @@ _INK = "#262626"
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Dates and versions are left out, so that the same results give the same bytes.
 _METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+
+
+class Canvas(MatplotlibFigure):
+    """A matplotlib figure that a notebook shows by itself, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return _render(self, "png", dpi=_DPI / 2)
 
 
 class Figure:
@@ -233,9 +240,9 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-def _render(figure: Canvas, kind: str) -> bytes:
+def _render(figure: Canvas, kind: str, dpi: float = _DPI) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=_METADATA[kind])
+    figure.savefig(buffer, format=kind, metadata=_METADATA[kind], dpi=dpi)
     return buffer.getvalue()
 
 

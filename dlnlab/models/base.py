@@ -371,19 +371,23 @@ class LinearNetwork(LightningModule):
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(f"optimizer: {type(optimizer).__name__} takes several losses a step, one is computed here")
-        per_member = getattr(optimizer, "per_member", ())
+        vectors = getattr(optimizer, "axes", ())
         scaled = bool((self.unit != 1).any())
         for group in optimizer.param_groups:
             if scaled:
-                if "lr" not in per_member:
+                if "lr" not in vectors:
                     raise ValueError(
                         f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members"
                     )
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device) * self.unit.double()
         for name in given:
-            if name not in per_member and len(set(given[name].tolist())) > 1:
+            if name not in vectors and len(set(given[name].tolist())) > 1:
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         return optimizer
+
+    def restart(self) -> None:
+        """Take the present parameters as the beginning: an optimizer without a past, whose gain is 0 here."""
+        self._optimizer = self._build_optimizer()
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
@@ -499,12 +503,13 @@ class LinearNetwork(LightningModule):
         optimizer, due, records = self._optimizer, set(record_steps), []
         members = self.running
         for now in range(step, step + k):
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                total = sum(self.losses(batch).sum() for batch in self.batches(now, members))
-                total.backward()
-            optimizer.step()
-            self._hold_stopped()
+            if len(members):
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    total = sum(self.losses(batch).sum() for batch in self.batches(now, members))
+                    total.backward()
+                optimizer.step()
+                self._hold_stopped()
             if self.guard is not None and (now + 1) % self.guard.every_n_steps == 0:
                 self.check_members(now + 1)
                 members = self.running
@@ -541,6 +546,13 @@ class LinearNetwork(LightningModule):
                     state[f"optimizer.{i}.{name}"] = value
         return state
 
+    @property
+    def guard_tol(self) -> float:
+        """The loss below which a member has converged."""
+        if self.guard.tol is not None:
+            return self.guard.tol
+        return 1e-20 if self.number_type == torch.float64 else 1e-12
+
     def on_train_start(self) -> None:
         """See `begin`."""
         self.begin(self.trainer.global_step)
@@ -556,14 +568,11 @@ class LinearNetwork(LightningModule):
         members = self.running
         if len(members) == 0:
             return
-        tol = self.guard.tol
-        if tol is None:
-            tol = 1e-20 if self.number_type == torch.float64 else 1e-12
         losses = self.full_losses(members)
         bad = ~(losses <= self.guard.bound)  # NaN compares false
         for parameter in self.parameters():
             bad |= ~(parameter[members].abs() <= self.guard.bound).flatten(1).all(1)
-        converged = (losses < tol) & ~bad
+        converged = (losses < self.guard_tol) & ~bad
         state = self.member_state()
         if not self._kept:
             self._kept = {name: value.clone() for name, value in state.items()}

@@ -117,7 +117,7 @@ def test_a_larger_support_contains_a_smaller_one_with_its_entries(signal):
 
 
 def test_the_support_is_anywhere_with_equal_chance():
-    data = drawn(Ensemble(seed=600), dim=3, sparsity=1, num_samples=1, num_test_samples=0)
+    data = drawn(Ensemble(seed=400), dim=3, sparsity=1, num_samples=1, num_test_samples=0)
     counts = (data.problems.teacher != 0).sum(0)
     assert stats.chisquare(counts).pvalue > ALARM
 
@@ -125,7 +125,7 @@ def test_the_support_is_anywhere_with_equal_chance():
 def test_the_teachers_entries_are_what_their_signal_says():
     entries = {}
     for signal in SIGNALS:
-        data = drawn(Ensemble(seed=300), dim=5, sparsity=5, num_samples=1, num_test_samples=0, signal=signal)
+        data = drawn(Ensemble(seed=60), dim=25, sparsity=25, num_samples=1, num_test_samples=0, signal=signal)
         entries[signal] = data.problems.teacher.flatten().numpy()
     assert set(entries["ones"]) == {1.0}
     assert set(entries["signs"]) == {-1.0, 1.0}

@@ -4,8 +4,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import Logger
 from torch.nn import Parameter
 
 from dlnlab import Ensemble
@@ -98,6 +99,8 @@ def check_against_the_oracle(fit, cls, device, seed, n, d, alpha, lr, decay, noi
             np.testing.assert_allclose(found[member].detach().cpu(), right, rtol=1e-10, atol=1e-10)
 
 
+# A fit of 72 members an example: few of them, and none spent on making a failure smaller.
+FEW = {"max_examples": 5, "phases": [Phase.explicit, Phase.reuse, Phase.generate]}
 SETTINGS = {
     "seed": st.integers(0, 2**32 - 1),
     "n": st.integers(1, 6),
@@ -109,16 +112,28 @@ SETTINGS = {
 }
 
 
-@settings(max_examples=5)
+@settings(**FEW)
 @given(**SETTINGS)
 def test_the_closed_form_follows_a_plain_loop_in_u_and_v(fit, device, seed, n, d, alpha, lr, decay, noise):
     check_against_the_oracle(fit, DiagonalLinearNetwork, device, seed, n, d, alpha, lr, decay, noise)
 
 
-@settings(max_examples=3)
+@settings(**{**FEW, "max_examples": 3})
 @given(**SETTINGS)
 def test_the_generic_path_follows_a_plain_loop_in_u_and_v(fit, device, seed, n, d, alpha, lr, decay, noise):
     check_against_the_oracle(fit, Generic, device, seed, n, d, alpha, lr, decay, noise)
+
+
+@pytest.mark.parametrize("cls", PATHS)
+def test_an_initialisation_near_the_floor_of_floating_point_is_followed_in_relative_size(fit, cls):
+    arrays, axes = problems(1), {"lr": [0.3], "batch_size": [1, "full"], "weight_decay": [0.0, 0.01]}
+    model, _ = train(fit, cls, arrays, 100, axes, init_scale=1e-125)
+    for member in range(4):
+        truth = truth_of(model, arrays, member, 100, init_scale=1e-125)
+        # A factor set from its product has the error of exp(ln 1e-125), 288 units in the last place.
+        np.testing.assert_allclose(model.w_plus.detach()[member], truth.w_plus, rtol=1e-12)
+        np.testing.assert_allclose(model.predictor().detach()[member], truth.beta, rtol=1e-11)  # w+^2 - w-^2 cancels
+        np.testing.assert_allclose(model._optimizer.gain[member], truth.gain, rtol=0, atol=1e-13)  # 100 roundings
 
 
 def test_the_two_paths_are_what_they_say(fit):
@@ -214,14 +229,50 @@ def test_a_member_follows_the_same_path_alone_in_company_and_in_any_order(fit, c
         assert_same_paths(company, alone, 1e-12, members=[member])  # likewise
 
 
+@pytest.mark.parametrize("scale", [0.1, 1e-125])  # the latter so near the floor that every renormalisation sets it
 @pytest.mark.parametrize("cls", PATHS)
-def test_no_result_depends_on_where_chunks_end(fit, cls):
+def test_no_result_depends_on_where_chunks_end(fit, cls, scale):
     arrays = problems()
     axes = {"lr": [0.1, 0.3], **GRID, "label_noise": [0.2], "weight_decay": [0.01], "seed": 2}
-    runs = [train(fit, cls, arrays, 150, axes, max_chunk=chunk) for chunk in (None, 1, 7)]
+    runs = [train(fit, cls, arrays, 80, axes, max_chunk=chunk, init_scale=scale) for chunk in (80, 1, 7)]
     for model, trainer in runs:
-        assert trainer.global_step == model._optimizer.num_steps == 150
+        assert trainer.global_step == model._optimizer.num_steps == 80
         assert_bitwise(runs[0][0], model)
+
+
+class Steps(Logger):
+    """Keeps the steps at which something was logged."""
+
+    name, version = "steps", 0
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def log_metrics(self, metrics, step=None):
+        if "loss" in metrics:
+            self.steps.append((step, metrics["loss"]))
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_what_a_model_logs_stands_at_the_same_steps_for_every_chunk(fit, chunk):
+    class Logging(DiagonalLinearNetwork):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.log("loss", self.full_losses()[0])
+
+    arrays, logger = problems(1), Steps()
+    model = Logging(ensemble=Ensemble(lr=[0.2]), max_chunk=chunk)
+    fit(model, oracles.GivenData(*arrays), 100, logger=logger, log_every_n_steps=25)
+    # Lightning counts steps from 0 where it logs: the 25th step is step 24.
+    assert [step for step, _ in logger.steps] == [24, 49, 74, 99]
+    for step, loss in logger.steps:
+        truth = oracles.member_path(arrays[0][0], arrays[1][0], step + 1, lr=0.2)
+        expected = np.square(arrays[0][0] @ truth.beta - arrays[1][0]).mean() / 2
+        assert loss == pytest.approx(expected, rel=1e-6)  # lightning logs float32
 
 
 def test_two_runs_of_one_seed_are_bitwise_the_same_and_of_another_root_are_not(fit):

@@ -1,0 +1,769 @@
+"""The compiled steps of the diagonal linear network; `dlnlab.kernels.cpu` is the way in.
+
+Read from the bottom up: `advance` takes one block of members after another from the first step to the last, stopping at
+every renormalisation, check and record; three kinds of steps move it in between:
+
+- `_single_row_steps`: one member, mini-batches of one row; the pass over the coordinates that ends a step begins the next;
+- `_sampled_steps`: one member, mini-batches of several rows;
+- `_full_steps`: full batches, one member or `LANES` members of one problem side by side.
+
+**A member's bits depend on no layout.** Sums run in an order written here: a matrix times a vector adds even and odd
+terms in two chains, whether the vectors in registers hold several outputs of one member (`_times`) or one output of
+several members (`_times_lanes`). Everything else is element by element, or done member by member.
+
+Kernels are called with named tuples of arrays and pass them on as named tuples of pointers (`vectors.pointers`), so row
+m of an (E, D) array begins at m D. The arrays of a block's `Work` are flat: coordinate after coordinate, and within a
+coordinate lane after lane; a single member is a block of one lane. Coordinates are padded to a multiple of `PAD` with
+w+ = w- = 1 and columns of zeros in x, which move nothing.
+
+The compiled code is kept on disk and made anew when this file changes: after changing `vectors` or `cpu_streams` alone,
+touch this file.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
+from dlnlab.kernels.factors import PERIOD
+from dlnlab.kernels.vectors import (
+    as_integers,
+    double,
+    fma,
+    largest,
+    load,
+    peak,
+    pointers,
+    shift,
+    splat,
+    spread,
+    store,
+    total,
+    width,
+    zeros,
+)
+
+LANES = 16
+"""Members side by side in a full-batch block."""
+PAD = 16
+"""Coordinates (and rows of transposed products) are padded to a multiple of this."""
+RUNNING, CONVERGED, DIVERGED = range(3)
+
+_LN2 = math.log(2)
+
+part = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Parts of a kernel: compiled into the one function that is called, `advance`."""
+
+
+class Problems(NamedTuple):
+    """The data of P problems, padded with zeros to N' rows and D' columns."""
+
+    x: np.ndarray  # (P, N', D')
+    transposed: np.ndarray  # (P, D', N')
+    y: np.ndarray  # (P, N')
+    squares: np.ndarray  # (P, N): |x_i|^2, float64
+    peaks: np.ndarray  # (P, N): max_j |x_ij|, float64
+    num_samples: int
+    dim: int
+    rows: int  # N'
+    columns: int  # D'
+
+
+class State(NamedTuple):
+    """`Factors` and the path sums of all members, as arrays."""
+
+    w_plus: np.ndarray  # (E, D), as all but the last two
+    w_minus: np.ndarray
+    product_plus: np.ndarray
+    product_minus: np.ndarray
+    exponent_plus: np.ndarray
+    exponent_minus: np.ndarray
+    step_sum: np.ndarray
+    log_decay: np.ndarray
+    square_sum: np.ndarray  # (E,)
+    largest_step: np.ndarray  # (E,)
+
+
+class Members(NamedTuple):
+    """What each member does, (E,) unless said."""
+
+    lr: np.ndarray
+    decay: np.ndarray  # 1 - 2 lr weight_decay
+    problem: np.ndarray
+    batch_size: np.ndarray  # 0 = full
+    sampling: np.ndarray  # as in `cpu_streams`
+    sampling_key: np.ndarray  # (E, 2)
+    noise_key: np.ndarray  # (E, 2)
+    noise_std: np.ndarray
+    initial_plus: np.ndarray  # (E, D)
+    initial_minus: np.ndarray  # (E, D)
+    status: np.ndarray
+    stopped_at: np.ndarray
+    num_members: int
+
+
+class Guard(NamedTuple):
+    """When members stop, and where the diverged go back to."""
+
+    tol: float
+    bound: float
+    every_n_steps: int  # 0 = never
+    kept: State
+
+
+class Records(NamedTuple):
+    """What is written at each of T steps, for every member: row t E + m of every array but the first."""
+
+    steps: np.ndarray  # (T,)
+    num_steps: int
+    state: State
+    everything: bool  # else only w+ and w- of the state
+    train_loss: np.ndarray
+    status: np.ndarray
+
+
+class Memory(NamedTuple):
+    """What a block works in; `new_memory` makes it."""
+
+    numbers: np.ndarray  # of the data's type
+    doubles: np.ndarray
+    integers: np.ndarray
+    beta: np.ndarray  # (D'), zero, of the data's type
+    rows: np.ndarray  # drawn in a period
+    order: np.ndarray  # (N + 1,), for `draw_rows`
+
+
+class Work(NamedTuple):
+    """One block of members: coordinates by lanes, flat."""
+
+    w_plus: np.ndarray
+    w_minus: np.ndarray
+    product_plus: np.ndarray
+    product_minus: np.ndarray
+    exponent_plus: np.ndarray
+    exponent_minus: np.ndarray
+    step_sum: np.ndarray
+    initial_plus: np.ndarray
+    initial_minus: np.ndarray
+    beta: np.ndarray
+    gradient: np.ndarray
+    residual: np.ndarray  # samples by lanes
+    noise: np.ndarray  # likewise, or one for each drawn row
+    scale: np.ndarray  # by lane, as all below: lr/decay/(rows of a batch)
+    decay: np.ndarray
+    log_decay: np.ndarray
+    square_sum: np.ndarray
+    largest_step: np.ndarray
+
+
+# Element by element ---------------------------------------------------------------------------------------------------
+
+
+@part
+def _set_beta(work, size, like):
+    """Beta = (w+^2 - w-^2)/2."""
+    half = splat(0.5, like)
+    for o in range(0, size, width(like)):
+        plus, minus = load(work.w_plus, o, like), load(work.w_minus, o, like)
+        store(work.beta, o, fma(-minus, minus, plus * plus) * half)
+
+
+@part
+def _update(work, size, scale, decay):
+    """One step along `work.gradient`, which becomes x = scale g; beta follows."""
+    half = splat(0.5, scale)
+    for o in range(0, size, width(scale)):
+        x = scale * load(work.gradient, o, scale)
+        store(work.gradient, o, x)
+        plus, minus = load(work.w_plus, o, scale), load(work.w_minus, o, scale)
+        plus, minus = fma(-x, plus, plus) * decay, fma(x, minus, minus) * decay
+        store(work.w_plus, o, plus)
+        store(work.w_minus, o, minus)
+        store(work.beta, o, fma(-minus, minus, plus * plus) * half)
+        _accumulate(work, o, double(x))
+
+
+@part
+def _accumulate(work, o, x):
+    """The gain's part of a step, in double precision."""
+    product = load(work.product_plus, o, x)
+    store(work.product_plus, o, fma(-x, product, product))
+    product = load(work.product_minus, o, x)
+    store(work.product_minus, o, fma(x, product, product))
+    store(work.step_sum, o, load(work.step_sum, o, x) + x)
+
+
+@part
+def _renormalise(work, size, lanes, floor, near):
+    """`Factors.renormalise`."""
+    _split_powers(work.product_plus, work.exponent_plus, size)
+    _split_powers(work.product_minus, work.exponent_minus, size)
+    _hold(
+        work.w_plus, work.initial_plus, work.product_plus, work.exponent_plus, work.log_decay, size, lanes, floor, near
+    )
+    _hold(
+        work.w_minus,
+        work.initial_minus,
+        work.product_minus,
+        work.exponent_minus,
+        work.log_decay,
+        size,
+        lanes,
+        floor,
+        near,
+    )
+
+
+@part
+def _split_powers(product, exponent, size):
+    """Bring products to [1/2, 1), the powers of two going into the exponents; zeros and non-finite ones stay."""
+    bits, odd = as_integers(product), 0
+    for i in range(size):
+        field = (bits[i] >> 52) & 0x7FF
+        normal = (field != 0) & (field != 0x7FF)
+        odd += not normal
+        bits[i] = (bits[i] & ~(0x7FF << 52)) | (0x3FE << 52) if normal else bits[i]
+        exponent[i] += field - 0x3FE if normal else 0
+    if odd:
+        for i in range(size):
+            if product[i] != 0 and abs(product[i]) < 0.5:  # it was a denormal number
+                product[i], power = math.frexp(product[i])
+                exponent[i] += power
+
+
+@part
+def _hold(w, initial, product, exponent, log_decay, size, lanes, floor, near):
+    """Set factors near the floor from their products, and never below the floor."""
+    low = 0
+    for i in range(size):
+        low += abs(w[i]) <= near
+    if low == 0:
+        return
+    log_floor = math.log(floor)
+    for i in range(size):
+        if abs(w[i]) <= near and initial[i] != 0:  # a factor that starts at zero stays there
+            log_size = math.log(abs(initial[i])) + log_decay[i % lanes] + exponent[i] * _LN2
+            length = floor
+            if not log_size < log_floor:  # else it is below the floor whatever the product's mantissa
+                length = math.exp(log_size + math.log(abs(product[i])))
+                if length < floor:
+                    length = floor
+            w[i] = -length if (initial[i] < 0) != (product[i] < 0) else length
+
+
+# Matrix times vector --------------------------------------------------------------------------------------------------
+
+
+@part
+def _times(matrix, at, stride, num_out, num_in, v, out):
+    """out_i = sum_j matrix_ji v_j for one member, several i at a time; `num_out` is a multiple of 8."""
+    i = 0
+    while num_out - i >= 64:
+        store(out, i, _chains(matrix, at + i, stride, num_in, v, zeros(out, 64)))
+        i += 64
+    if num_out - i >= 32:
+        store(out, i, _chains(matrix, at + i, stride, num_in, v, zeros(out, 32)))
+        i += 32
+    if num_out - i >= 16:
+        store(out, i, _chains(matrix, at + i, stride, num_in, v, zeros(out, 16)))
+        i += 16
+    if num_out - i >= 8:
+        store(out, i, _chains(matrix, at + i, stride, num_in, v, zeros(out, 8)))
+
+
+@part
+def _chains(matrix, at, stride, num_in, v, zero):
+    """The sum over j of matrix_j v_j: even terms and odd terms one after another, then both together."""
+    even, odd = zero, zero
+    for j in range(0, num_in - 1, 2):
+        even = fma(load(matrix, at + j * stride, zero), spread(v, j, zero), even)
+        odd = fma(load(matrix, at + (j + 1) * stride, zero), spread(v, j + 1, zero), odd)
+    if num_in % 2:
+        even = fma(load(matrix, at + (num_in - 1) * stride, zero), spread(v, num_in - 1, zero), even)
+    return even + odd
+
+
+@part
+def _times_lanes(matrix, at, stride, num_out, num_in, v, out):
+    """out_i = sum_j matrix_ij v_j for `LANES` members, four i at a time, in the order of `_times`."""
+    zero = zeros(out, LANES)
+    for i in range(0, num_out, 4):
+        r0 = at + i * stride
+        r1, r2, r3 = r0 + stride, r0 + 2 * stride, r0 + 3 * stride
+        even0, even1, even2, even3 = zero, zero, zero, zero
+        odd0, odd1, odd2, odd3 = zero, zero, zero, zero
+        for j in range(0, num_in - 1, 2):
+            a = load(v, j * LANES, zero)
+            even0 = fma(spread(matrix, r0 + j, zero), a, even0)
+            even1 = fma(spread(matrix, r1 + j, zero), a, even1)
+            even2 = fma(spread(matrix, r2 + j, zero), a, even2)
+            even3 = fma(spread(matrix, r3 + j, zero), a, even3)
+            b = load(v, (j + 1) * LANES, zero)
+            odd0 = fma(spread(matrix, r0 + j + 1, zero), b, odd0)
+            odd1 = fma(spread(matrix, r1 + j + 1, zero), b, odd1)
+            odd2 = fma(spread(matrix, r2 + j + 1, zero), b, odd2)
+            odd3 = fma(spread(matrix, r3 + j + 1, zero), b, odd3)
+        if num_in % 2:
+            j = num_in - 1
+            a = load(v, j * LANES, zero)
+            even0 = fma(spread(matrix, r0 + j, zero), a, even0)
+            even1 = fma(spread(matrix, r1 + j, zero), a, even1)
+            even2 = fma(spread(matrix, r2 + j, zero), a, even2)
+            even3 = fma(spread(matrix, r3 + j, zero), a, even3)
+        store(out, i * LANES, even0 + odd0)
+        store(out, (i + 1) * LANES, even1 + odd1)
+        store(out, (i + 2) * LANES, even2 + odd2)
+        store(out, (i + 3) * LANES, even3 + odd3)
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+
+@part
+def _add_to_sums(work, size, zero):
+    """|x|^2 and max |x| of a step just taken by one member."""
+    squares, most = double(zero), double(zero)
+    for o in range(0, size, width(zero)):
+        x = double(load(work.gradient, o, zero))
+        squares, most = fma(x, x, squares), largest(x, most)
+    work.square_sum[0] += total(squares)
+    work.largest_step[0] = max(work.largest_step[0], peak(most))
+
+
+@part
+def _add_to_sums_lanes(work, dim, zero):
+    """The same for `LANES` members, in the same order: eight partial sums, upper half onto lower half."""
+    wide = double(zero)
+    s0, s1, s2, s3, s4, s5, s6, s7 = wide, wide, wide, wide, wide, wide, wide, wide
+    most = load(work.largest_step, 0, zero)
+    for o in range(0, dim * LANES, 8 * LANES):
+        x0, x1 = double(load(work.gradient, o, zero)), double(load(work.gradient, o + LANES, zero))
+        x2, x3 = double(load(work.gradient, o + 2 * LANES, zero)), double(load(work.gradient, o + 3 * LANES, zero))
+        x4, x5 = double(load(work.gradient, o + 4 * LANES, zero)), double(load(work.gradient, o + 5 * LANES, zero))
+        x6, x7 = double(load(work.gradient, o + 6 * LANES, zero)), double(load(work.gradient, o + 7 * LANES, zero))
+        s0, s1, s2, s3 = fma(x0, x0, s0), fma(x1, x1, s1), fma(x2, x2, s2), fma(x3, x3, s3)
+        s4, s5, s6, s7 = fma(x4, x4, s4), fma(x5, x5, s5), fma(x6, x6, s6), fma(x7, x7, s7)
+        most = largest(x0, largest(x1, largest(x2, largest(x3, most))))
+        most = largest(x4, largest(x5, largest(x6, largest(x7, most))))
+    squares = ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
+    store(work.square_sum, 0, load(work.square_sum, 0, zero) + squares)
+    store(work.largest_step, 0, most)
+
+
+@part
+def _full_steps(work, lanes, members, block, problems, p, start, stop):
+    """Full-batch steps of one block."""
+    n, d, rows, columns = problems.num_samples, problems.dim, problems.rows, problems.columns
+    at = p * rows * columns
+    few, one, many = zeros(work.beta, 8), zeros(work.beta, PAD), zeros(work.beta, LANES)
+    if lanes == 1:
+        scale, decay = splat(work.scale[0], one), splat(work.decay[0], one)
+        _set_beta(work, columns, one)
+    else:
+        scales, decays = load(work.scale, 0, many), load(work.decay, 0, many)
+        _set_beta(work, columns * LANES, many)
+    noisy = False
+    for lane in range(lanes):
+        noisy |= block[lane] >= 0 and members.noise_std[block[lane]] > 0
+    for step in range(start, stop):
+        if lanes == 1:
+            _times(problems.transposed, at, rows, rows, d, work.beta, work.residual)
+            for i in range(0, rows, 8):
+                store(work.residual, i, load(work.residual, i, few) - load(problems.y, p * rows + i, few))
+        else:
+            _times_lanes(problems.x, at, columns, (n + 3) // 4 * 4, d, work.beta, work.residual)
+            for i in range(n):
+                y = spread(problems.y, p * rows + i, many)
+                store(work.residual, i * LANES, load(work.residual, i * LANES, many) - y)
+        if noisy:
+            for lane in range(lanes):
+                m = block[lane]
+                if m >= 0 and members.noise_std[m] > 0:
+                    draw_normals(
+                        shift(members.noise_key, 2 * m), step, n, members.noise_std[m], work.noise, lane, lanes
+                    )
+            for i in range(n * lanes):
+                work.residual[i] -= work.noise[i]
+        if lanes == 1:
+            _times(problems.x, at, columns, columns, n, work.residual, work.gradient)
+            _update(work, columns, scale, decay)
+            _add_to_sums(work, columns, few)
+        else:
+            _times_lanes(problems.transposed, at, rows, (d + 3) // 4 * 4, n, work.residual, work.gradient)
+            _update(work, (d + 3) // 4 * 4 * LANES, scales, decays)
+            _add_to_sums_lanes(work, (d + 7) // 8 * 8, many)
+
+
+@part
+def _row_times_beta(problems, row, beta, zero):
+    """<x_row, beta> for a row at a flat offset."""
+    partial = zero
+    for o in range(0, problems.columns, width(zero)):
+        partial = fma(load(problems.x, row + o, zero), load(beta, o, zero), partial)
+    return total(partial)
+
+
+@part
+def _sampled_steps(work, problems, p, count, rows, start, stop):
+    """Mini-batch steps of one member; `rows` are those of its steps from `start` on."""
+    num_rows, columns = problems.rows, problems.columns
+    zero = zeros(work.beta, PAD)
+    scale, decay = splat(work.scale[0], zero), splat(work.decay[0], zero)
+    _set_beta(work, columns, zero)
+    for step in range(start, stop):
+        at = (step - start) * count
+        for j in range(count):
+            row = (p * num_rows + rows[at + j]) * columns
+            r = _row_times_beta(problems, row, work.beta, zero)
+            work.residual[j] = r - problems.y[p * num_rows + rows[at + j]] - work.noise[at + j]
+        for o in range(0, columns, width(zero)):
+            even, odd = zero, zero
+            for j in range(0, count - 1, 2):
+                first, second = (p * num_rows + rows[at + j]) * columns, (p * num_rows + rows[at + j + 1]) * columns
+                even = fma(load(problems.x, first + o, zero), spread(work.residual, j, zero), even)
+                odd = fma(load(problems.x, second + o, zero), spread(work.residual, j + 1, zero), odd)
+            if count % 2:
+                last = (p * num_rows + rows[at + count - 1]) * columns
+                even = fma(load(problems.x, last + o, zero), spread(work.residual, count - 1, zero), even)
+            store(work.gradient, o, even + odd)
+        _update(work, columns, scale, decay)
+        _add_to_sums(work, columns, zeros(work.beta, 8))
+
+
+@part
+def _single_row_steps(work, problems, p, decay, rows, start, stop):
+    """Steps of one member on one row each: x = lr r x_i, and the pass that updates also finds the next residual.
+
+    Args:
+        work: The member.
+        problems: The data.
+        p: The member's problem.
+        decay: 1 - c in every place of a vector, or None for a kernel without weight decay.
+        rows: Those of the steps from `start` on.
+        start: The first step.
+        stop: The step after the last.
+    """
+    num_rows, columns = problems.rows, problems.columns
+    zero = zeros(work.beta, PAD)
+    partial = zero  # of <x_i, w+^2 - w-^2>, which is twice the prediction
+    for o in range(0, columns, width(zero)):
+        plus, minus = load(work.w_plus, o, zero), load(work.w_minus, o, zero)
+        row = load(problems.x, (p * num_rows + rows[0]) * columns + o, zero)
+        partial = fma(row, fma(-minus, minus, plus * plus), partial)
+    for step in range(start, stop):
+        i = rows[step - start]
+        following = rows[min(step + 1, stop - 1) - start]
+        here, there = (p * num_rows + i) * columns, (p * num_rows + following) * columns
+        doubled = total(partial) - 2 * (problems.y[p * num_rows + i] + work.noise[step - start])
+        factor = work.scale[0] / 2 * doubled
+        along = splat(factor, zero)
+        partial = zero
+        for o in range(0, columns, width(zero)):
+            x = along * load(problems.x, here + o, zero)
+            plus, minus = load(work.w_plus, o, zero), load(work.w_minus, o, zero)
+            plus, minus = fma(-x, plus, plus), fma(x, minus, minus)
+            if decay is not None:
+                plus, minus = plus * decay, minus * decay
+            store(work.w_plus, o, plus)
+            store(work.w_minus, o, minus)
+            partial = fma(load(problems.x, there + o, zero), fma(-minus, minus, plus * plus), partial)
+        work.residual[step - start] = factor
+        size = abs(np.float64(factor))
+        work.square_sum[0] += size * size * problems.squares[p * problems.num_samples + i]
+        work.largest_step[0] = max(work.largest_step[0], size * problems.peaks[p * problems.num_samples + i])
+
+
+@part
+def _accumulate_rows(work, problems, p, rows, count):
+    """The gain's part of `count` steps x = factor x_i at once, the factors being left in `work.residual`.
+
+    Coordinate by coordinate the same multiplications in the same order as step by step, but in registers.
+    """
+    num_rows, columns = problems.rows, problems.columns
+    zero = zeros(work.beta, PAD)
+    wide = double(zero)
+    for o in range(0, columns, PAD):
+        plus, minus = load(work.product_plus, o, wide), load(work.product_minus, o, wide)
+        step_sum = load(work.step_sum, o, wide)
+        for t in range(count):
+            row = load(problems.x, (p * num_rows + rows[t]) * columns + o, zero)
+            x = double(spread(work.residual, t, zero) * row)
+            plus, minus, step_sum = fma(-x, plus, plus), fma(x, minus, minus), step_sum + x
+        store(work.product_plus, o, plus)
+        store(work.product_minus, o, minus)
+        store(work.step_sum, o, step_sum)
+
+
+# Checks and records ---------------------------------------------------------------------------------------------------
+
+
+@part
+def _copy(source, m, target, t, dim):
+    """Row m of a state, to row t of another."""
+    for j in range(dim):
+        a, b = m * dim + j, t * dim + j
+        target.w_plus[b], target.w_minus[b] = source.w_plus[a], source.w_minus[a]
+        target.product_plus[b], target.product_minus[b] = source.product_plus[a], source.product_minus[a]
+        target.exponent_plus[b], target.exponent_minus[b] = source.exponent_plus[a], source.exponent_minus[a]
+        target.step_sum[b], target.log_decay[b] = source.step_sum[a], source.log_decay[a]
+    target.square_sum[t], target.largest_step[t] = source.square_sum[m], source.largest_step[m]
+
+
+@part
+def _loss(state, m, problems, p, beta):
+    """The full clean data loss of member m; `beta` is scratch, zero beyond the problem's dimension."""
+    n, d = problems.num_samples, problems.dim
+    for j in range(d):
+        plus, minus = state.w_plus[m * d + j], state.w_minus[m * d + j]
+        beta[j] = (plus * plus - minus * minus) / 2
+    squares, zero = 0.0, zeros(beta, PAD)
+    for i in range(p * problems.rows, p * problems.rows + n):
+        error = np.float64(_row_times_beta(problems, i * problems.columns, beta, zero) - problems.y[i])
+        squares += error * error
+    return squares / (2 * n)
+
+
+@part
+def _check(m, step, loss, state, dim, members, guard):
+    """`LinearNetwork.check_members` for one running member."""
+    large = 0
+    for i in range(m * dim, (m + 1) * dim):
+        large += not (abs(state.w_plus[i]) <= guard.bound and abs(state.w_minus[i]) <= guard.bound)  # NaN is false
+    if large > 0 or not loss <= guard.bound:
+        _copy(guard.kept, m, state, m, dim)
+        members.status[m] = DIVERGED
+        members.stopped_at[m] = max(step - guard.every_n_steps, 0)
+    else:
+        _copy(state, m, guard.kept, m, dim)
+        if loss < guard.tol:
+            members.status[m] = CONVERGED
+            members.stopped_at[m] = step
+
+
+@part
+def _record(t, m, loss, state, dim, members, records):
+    """Write member m's state as that of record step number t."""
+    row = t * members.num_members + m
+    if records.everything:
+        _copy(state, m, records.state, row, dim)
+    else:
+        for j in range(dim):
+            records.state.w_plus[row * dim + j] = state.w_plus[m * dim + j]
+            records.state.w_minus[row * dim + j] = state.w_minus[m * dim + j]
+    records.train_loss[row] = loss
+    records.status[row] = members.status[m]
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def new_memory(problems: Problems, largest_batch: int) -> Memory:
+    """Memory for one thread.
+
+    Args:
+        problems: The data.
+        largest_batch: The largest batch size that is not full.
+    """
+    coordinates, rows = problems.columns * LANES, PERIOD * largest_batch
+    numbers = 4 * coordinates + 2 * max(problems.rows * LANES, rows + PAD) + 2 * LANES
+    return Memory(
+        aligned_zeros(numbers, problems.x.dtype), aligned_zeros(5 * coordinates + 3 * LANES, np.float64),
+        aligned_zeros(2 * coordinates, np.int64), aligned_zeros(problems.columns, problems.x.dtype),
+        np.zeros(rows, np.int64), np.zeros(problems.num_samples + 1, np.int64),
+    )  # fmt: skip
+
+
+def aligned_zeros(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin on a cache line: a vector across two costs twice."""
+    raw = np.zeros(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + size * np.dtype(dtype).itemsize].view(dtype)
+
+
+@part
+def _rounded(count):
+    """Up to the next multiple of `PAD`, so that what follows in memory begins where a vector may."""
+    return (count + PAD - 1) // PAD * PAD
+
+
+@part
+def _new_work(memory, problems, lanes, num_rows):
+    """A block of idle lanes in the given memory.
+
+    Args:
+        memory: Where it lives.
+        problems: The data.
+        lanes: 1 or LANES.
+        num_rows: Rows drawn in a period.
+    """
+    size, rows, row = problems.columns * lanes, _rounded(max(problems.rows * lanes, num_rows)), _rounded(lanes)
+    numbers, doubles, integers = memory.numbers, memory.doubles, memory.integers
+    for i in range(4 * size + 2 * rows + 2 * row):
+        numbers[i] = 0
+    for i in range(5 * size + 3 * row):
+        doubles[i] = 0
+    for i in range(2 * size):
+        integers[i] = 0
+    of_rows, of_lanes, sums = shift(numbers, 4 * size), shift(numbers, 4 * size + 2 * rows), shift(doubles, 5 * size)
+    work = Work(
+        w_plus=numbers, w_minus=shift(numbers, size), beta=shift(numbers, 2 * size), gradient=shift(numbers, 3 * size),
+        residual=of_rows, noise=shift(of_rows, rows),
+        scale=of_lanes, decay=shift(of_lanes, row),
+        product_plus=doubles, product_minus=shift(doubles, size), step_sum=shift(doubles, 2 * size),
+        initial_plus=shift(doubles, 3 * size), initial_minus=shift(doubles, 4 * size),
+        log_decay=sums, square_sum=shift(sums, row), largest_step=shift(sums, 2 * row),
+        exponent_plus=integers, exponent_minus=shift(integers, size),
+    )  # fmt: skip
+    for lane in range(lanes):
+        _idle(work, lane, lanes, problems.columns)
+    return work
+
+
+@part
+def _idle(work, lane, lanes, columns):
+    """Make a lane one that nothing moves, so that a stopped member's numbers slow nobody."""
+    for i in range(lane, columns * lanes, lanes):
+        work.w_plus[i], work.w_minus[i] = 1, 1
+        work.product_plus[i], work.product_minus[i] = 1, 1
+        work.initial_plus[i], work.initial_minus[i] = 1, 1
+    work.scale[lane], work.decay[lane], work.log_decay[lane] = 0, 1, 0
+
+
+@part
+def _take(work, lane, lanes, state, members, m, problems):
+    """Copy member m into a lane."""
+    for j in range(problems.dim):
+        i, a = j * lanes + lane, m * problems.dim + j
+        work.w_plus[i], work.w_minus[i] = state.w_plus[a], state.w_minus[a]
+        work.product_plus[i], work.product_minus[i] = state.product_plus[a], state.product_minus[a]
+        work.exponent_plus[i], work.exponent_minus[i] = state.exponent_plus[a], state.exponent_minus[a]
+        work.step_sum[i] = state.step_sum[a]
+        work.initial_plus[i], work.initial_minus[i] = members.initial_plus[a], members.initial_minus[a]
+    count = members.batch_size[m] if members.batch_size[m] > 0 else problems.num_samples
+    work.scale[lane] = members.lr[m] / members.decay[m] / count
+    work.decay[lane] = members.decay[m]
+    work.log_decay[lane] = state.log_decay[m * problems.dim]
+    work.square_sum[lane], work.largest_step[lane] = state.square_sum[m], state.largest_step[m]
+
+
+@part
+def _give(work, lane, lanes, state, m, dim):
+    """Copy a lane back to member m."""
+    for j in range(dim):
+        i, a = j * lanes + lane, m * dim + j
+        state.w_plus[a], state.w_minus[a] = work.w_plus[i], work.w_minus[i]
+        state.product_plus[a], state.product_minus[a] = work.product_plus[i], work.product_minus[i]
+        state.exponent_plus[a], state.exponent_minus[a] = work.exponent_plus[i], work.exponent_minus[i]
+        state.step_sum[a] = work.step_sum[i]
+        state.log_decay[a] = work.log_decay[lane]
+    state.square_sum[m], state.largest_step[m] = work.square_sum[lane], work.largest_step[lane]
+
+
+@part
+def _steps(work, lanes, members, block, problems, rows, order, start, stop):
+    """Take the steps start, ..., stop - 1 of a block, at most `PERIOD`."""
+    first = block[0]
+    p, count = members.problem[first], members.batch_size[first]
+    if count == 0:
+        _full_steps(work, lanes, members, block, problems, p, start, stop)
+    else:
+        key, size = shift(members.sampling_key, 2 * first), problems.num_samples
+        draw_rows(members.sampling[first], key, start, stop, count, size, rows, order)
+        if members.noise_std[first] > 0:
+            key = shift(members.noise_key, 2 * first)
+            for step in range(start, stop):
+                draw_normals(key, step, count, members.noise_std[first], work.noise, (step - start) * count, 1)
+        if count > 1:
+            _sampled_steps(work, problems, p, count, rows, start, stop)
+        elif work.decay[0] != 1:
+            _single_row_steps(work, problems, p, splat(work.decay[0], zeros(work.beta, PAD)), rows, start, stop)
+        else:
+            _single_row_steps(work, problems, p, None, rows, start, stop)
+        if count == 1:
+            _accumulate_rows(work, problems, p, rows, stop - start)
+    for lane in range(lanes):
+        if work.decay[lane] != 1:
+            log_decay = math.log(np.float64(work.decay[lane]))
+            for _ in range(start, stop):  # one by one: a chunk may end anywhere
+                work.log_decay[lane] += log_decay
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def advance(blocks, state, members, problems, guard, records, memory, floor, near, start, stop):
+    """Take blocks of members from `start` to `stop`, one block after another.
+
+    Args:
+        blocks: Member numbers (B, LANES), -1 for none. Members of a block have one problem and full batches; a block with
+            one member, the first, goes alone and may have any batch size.
+        state: Advanced in place.
+        members: Status and stopped_at change in place.
+        problems: The data.
+        guard: The kept state changes in place.
+        records: Filled.
+        memory: Scratch, see `memory_needed`.
+        floor: No factor goes below it.
+        near: Factors below it are set from their products.
+        start: The first step.
+        stop: The step after the last.
+
+    Returns:
+        `stop`, or the step at which the last running member stopped.
+    """
+    num_blocks, last = len(blocks), start
+    blocks, state, members, problems = pointers(blocks), pointers(state), pointers(members), pointers(problems)
+    guard, records, memory = pointers(guard), pointers(records), pointers(memory)
+    dim = problems.dim
+    beta = memory.beta
+    for b in range(num_blocks):
+        block = shift(blocks, b * LANES)
+        lanes = 1 if block[1] < 0 else LANES
+        p, count = members.problem[block[0]], members.batch_size[block[0]]
+        work = _new_work(memory, problems, lanes, PERIOD * count)
+        rows, order = memory.rows, memory.order
+        order[problems.num_samples] = -1
+        num_running = 0
+        for lane in range(lanes):
+            m = block[lane]
+            if m >= 0 and members.status[m] == RUNNING:
+                _take(work, lane, lanes, state, members, m, problems)
+                num_running += 1
+        step, t = start, 0
+        while step < stop and num_running > 0:
+            end = min(stop, step - step % PERIOD + PERIOD)
+            if guard.every_n_steps > 0:
+                end = min(end, step - step % guard.every_n_steps + guard.every_n_steps)
+            if t < records.num_steps:
+                end = min(end, records.steps[t])
+            _steps(work, lanes, members, block, problems, rows, order, step, end)
+            step = end
+            if step % PERIOD == 0:
+                _renormalise(work, problems.columns * lanes, lanes, floor, near)
+            checked = guard.every_n_steps > 0 and step % guard.every_n_steps == 0
+            due = t < records.num_steps and records.steps[t] == step
+            if not checked and not due:
+                continue
+            for lane in range(lanes):
+                m = block[lane]
+                if m < 0:
+                    continue
+                if members.status[m] == RUNNING:
+                    _give(work, lane, lanes, state, m, dim)
+                    if checked:
+                        _check(m, step, _loss(state, m, problems, p, beta), state, dim, members, guard)
+                        if members.status[m] != RUNNING:
+                            _idle(work, lane, lanes, problems.columns)
+                            num_running -= 1
+                if due:
+                    _record(t, m, _loss(state, m, problems, p, beta), state, dim, members, records)
+            t += due
+        for lane in range(lanes):
+            m = block[lane]
+            if m >= 0:
+                if members.status[m] == RUNNING:
+                    _give(work, lane, lanes, state, m, dim)
+                for later in range(t, records.num_steps):  # a stopped member stays as it is
+                    _record(later, m, _loss(state, m, problems, p, beta), state, dim, members, records)
+        last = max(last, step if num_running == 0 else stop)
+    return last

@@ -1,0 +1,63 @@
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlnlab.cli import main
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text(), re.MULTILINE | re.DOTALL)
+FILES = [body.split("\n", 1) for _, body in BLOCKS if body.startswith("# examples/")]
+
+
+@pytest.mark.parametrize(("name", "shown"), FILES, ids=[name for name, _ in FILES])
+def test_every_file_is_shown_as_it_is(name, shown):
+    assert shown == (ROOT / name.removeprefix("# ")).read_text()
+
+
+def test_every_example_is_shown():
+    shown = {name.removeprefix("# examples/") for name, _ in FILES}
+    assert shown == {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".yaml")}
+
+
+def test_every_block_runs_in_order(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    namespace = {}
+    for kind, body in BLOCKS:
+        if body.startswith("# examples/"):
+            continue
+        if kind == "python":
+            exec(compile(body, "guide.md", "exec"), namespace)
+            continue
+        assert kind == "bash"
+        for line in body.splitlines():
+            command, *arguments = shlex.split(line)
+            if command == "cd":
+                os.chdir(arguments[0])  # monkeypatch goes back to where it came from
+                sys.path.insert(0, os.getcwd())  # as for a person who starts python here
+            elif arguments[0].endswith(".py"):
+                exec(compile(Path(arguments[0]).read_text(), arguments[0], "exec"), {"__name__": "__main__"})
+            else:
+                assert (command, arguments[:2]) == ("python", ["-m", "dlnlab"])
+                assert main(arguments[2:]) == 0, capsys.readouterr().err
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    runs = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("version_*")}
+    names = ("quickstart", "second", "examples/cubic", "examples/table", "examples/mine")
+    expected = {f"{(Path(name).parent / 'lightning_logs' / Path(name).name).as_posix()}/version_0" for name in names}
+    assert runs == expected
+
+
+@pytest.fixture(autouse=True)
+def forget_the_examples():
+    yield
+    for path in (ROOT / "examples").glob("*.py"):
+        with contextlib.suppress(KeyError):
+            del sys.modules[path.stem]

@@ -1,0 +1,183 @@
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import dlnlab
+from dlnlab.checkpoint import AtomicCheckpointIO
+from dlnlab.cli import main
+
+CONFIG = """
+name: first
+ensemble: {lr: [0.05, 0.1], batch_size: [2, full], seed: 2}
+model: {class_path: DiagonalLinearNetwork, init_args: {init_scale: 0.2}}
+data: {class_path: SparseRegression, init_args: {num_samples: 6, dim: 5, sparsity: 2}}
+record: {at: {range: 41}, variables: [beta, train_loss, gain, gain_plus, effective_init, imbalance]}
+guard: {every_n_steps: 10}
+trainer: {max_steps: 40, enable_progress_bar: false, logger: false}
+"""
+RUNS = "lightning_logs"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "config.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(folder)]) == 0
+    return folder / RUNS / "first" / "version_0"
+
+
+@pytest.fixture
+def fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+
+    def run(*arguments, code=0):
+        capsys.readouterr()
+        assert main(["fit", "--config", "config.yaml", *map(str, arguments)]) == code
+        shown = capsys.readouterr()
+        if code:
+            assert len(shown.err.splitlines()) == 1
+            assert not (tmp_path / RUNS).exists()
+            return shown.err
+        assert shown.err == ""
+        return tmp_path / shown.out.splitlines()[-1].removeprefix("run: ")
+
+    return run
+
+
+def member_values(run, name, step):
+    return dlnlab.load_results(run)[name].sel(step=step).values
+
+
+def test_a_run_starts_from_the_last_checkpoint_of_another_or_from_the_one_of_a_step(first, fit):
+    for source, step in ((first, 40), (f"{first}@20", 20)):
+        run = fit("--init_from", source)
+        np.testing.assert_array_equal(member_values(run, "beta", 0), member_values(first, "beta", step))
+        assert dlnlab.load_results(run).step.values.tolist() == list(range(41))
+
+
+def test_its_gain_starts_at_zero_and_refers_to_the_new_start(first, fit):
+    results = dlnlab.load_results(fit("--init_from", f"{first}@20"))
+    start, end = results.isel(step=0), results.isel(step=-1)
+    np.testing.assert_array_equal(start.gain, 0)
+    np.testing.assert_array_equal(start.gain_plus, 0)
+    np.testing.assert_allclose(start.effective_init, np.sqrt(np.abs(start.imbalance) / 2), rtol=1e-12)  # two roundings
+    shrunk = -np.log(np.abs(end.imbalance / start.imbalance))
+    np.testing.assert_allclose(end.gain, shrunk, rtol=1e-10, atol=1e-12)  # 40 steps of rounding
+
+
+def test_gradient_descent_goes_on_as_if_it_had_not_been_interrupted(first, fit):
+    before, after = (dlnlab.load_results(run).train_loss for run in (first, fit("--init_from", f"{first}@20")))
+    expected = before.sel(batch_size="full", step=slice(20, 40)).values
+    np.testing.assert_allclose(after.sel(batch_size="full", step=slice(0, 20)), expected, rtol=1e-12)  # rounding
+    # Steps are counted from 0, so the mini-batches are those of the first steps again.
+    assert not np.allclose(after.sel(batch_size="2", step=20), before.sel(batch_size="2", step=40))
+
+
+def test_axes_may_differ_where_the_number_of_members_agrees(first, fit):
+    run = fit("--init_from", first, "--ensemble", "{lr: [0.01, 0.02, 0.03, 0.04], seed: 2}")
+    assert dict(dlnlab.load_results(run).sizes)["lr"] == 4
+
+
+def test_members_that_had_stopped_run_again(first, fit, tmp_path):
+    stopped = fit("--ensemble.lr", "[0.05, 50]", "--name", "stopped")
+    assert set(dlnlab.load_results(stopped).status.isel(step=-1).values.ravel()) == {"running", "diverged"}
+    results = dlnlab.load_results(fit("--init_from", stopped))
+    assert set(results.status.isel(step=0).values.ravel()) == {"running"}
+    assert set(results.stopped_at.values.ravel()) == {-1}
+
+
+def test_what_it_started_from_is_recorded_and_the_run_can_be_run_again(first, fit):
+    run = fit("--init_from", first)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["init_from"] == f"{first}@40"
+    then = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)["dlnlab_config"]
+    provenance = json.loads(dlnlab.load_results(run).attrs["init_from"])
+    sha256 = hashlib.sha256(json.dumps(then, sort_keys=True).encode()).hexdigest()
+    assert provenance == {"run": str(first), "step": 40, "config_sha256": sha256}
+    again = fit("--config", run / "config.yaml")
+    assert dlnlab.load_results(run).equals(dlnlab.load_results(again))
+    assert json.loads(dlnlab.load_results(again).attrs["init_from"]) == provenance
+
+
+def test_a_resumed_run_needs_its_source_no_more_and_remembers_it(first, fit, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    whole, cut = (fit("--init_from", copy) for _ in range(2))
+    shutil.rmtree(copy)
+    for flags in ((), ("--init_from", copy), ("--init_from", f"{copy}@40")):
+        fit("--ckpt_path", cut / "checkpoints" / "step=20.ckpt", *flags)
+        assert dlnlab.load_results(whole).equals(dlnlab.load_results(cut))
+        assert yaml.safe_load((cut / "config.yaml").read_text())["init_from"] == f"{copy}@40"
+    refused = ["fit", "--config", "config.yaml", "--ckpt_path", str(cut / "checkpoints" / "step=20.ckpt")]
+    assert main([*refused, "--init_from", str(first)]) == 2
+
+
+def test_a_run_from_python_starts_from_another_too(first):
+    config = yaml.safe_load(CONFIG)
+    results = dlnlab.run(config, {"init_from": f"{first}@20"})
+    np.testing.assert_array_equal(results.beta.sel(step=0), member_values(first, "beta", 20))
+    assert json.loads(results.attrs["init_from"])["step"] == 20
+
+
+def test_a_plain_lightning_module_starts_from_another_ones_parameters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain_line.py").write_text(
+        """
+import torch
+from lightning.pytorch import LightningModule
+
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 1, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        return ((self.layer(batch[0])[:, 0] - batch[1]) ** 2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = ["--data", "SparseRegression", "--data.dim", "5", "--trainer.logger", "false", "--record.every_n_steps", "1"]
+    fit = ["fit", "--model", "plain_line.Line", *data, "--trainer.max_steps"]
+    assert main([*fit, "20", "--name", "whole"]) == 0
+    assert main([*fit, "10", "--name", "half"]) == 0
+    assert main([*fit, "10", "--init_from", f"{RUNS}/half/version_0", "--name", "rest"]) == 0
+    whole, rest = (dlnlab.load_results(tmp_path / RUNS / name / "version_0") for name in ("whole", "rest"))
+    np.testing.assert_array_equal(rest.train_loss, whole.train_loss.isel(step=slice(10, 20)))
+
+
+def test_a_source_that_is_not_there_is_one_error(first, fit):
+    assert "no checkpoint at nowhere/checkpoints/last.ckpt" in fit("--init_from", "nowhere", code=2)
+    assert "it has those of steps 10, 20, 30, 40" in fit("--init_from", f"{first}@25", code=2)
+
+
+def test_a_damaged_source_is_one_error_and_no_earlier_checkpoint_takes_its_place(first, fit, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    last = copy / "checkpoints" / "last.ckpt"
+    assert last.with_name("last.ckpt.previous").exists()
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    assert "last.ckpt is damaged" in fit("--init_from", copy, code=2)
+
+
+def test_a_source_with_other_members_shapes_or_parameters_is_one_error_that_names_them(first, fit, tmp_path):
+    assert "its ensemble has 8 members and this one 12" in fit("--init_from", first, "--ensemble.seed", 3, code=2)
+    assert "its parameter w_plus has shape (8, 5) and this model's (8, 7)" in fit(
+        "--init_from", first, "--data.init_args.dim", 7, code=2
+    )
+    other = tmp_path / "other" / "checkpoints"
+    other.mkdir(parents=True)
+    state = {"a": torch.zeros(8, 5), "status": torch.zeros(8), "stopped_at": torch.zeros(8)}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": state, "global_step": 3}, other / "last.ckpt")
+    message = "its parameters are a and this model's w_minus, w_plus"
+    assert message in fit("--init_from", tmp_path / "other", code=2)
