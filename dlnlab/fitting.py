@@ -25,6 +25,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
 from dlnlab import checks, strict_yaml
@@ -249,6 +250,8 @@ class Run(LightningCLI):
         if isinstance(model, LinearNetwork):
             with about("model", type(model), self.ensemble.axes):
                 model.setup(self.subcommand)
+        elif self.subcommand == "fit":
+            _refuse_what_cannot_be_fitted(model, datamodule)
         checkpoint = self._checkpoint()
         if checkpoint is not None:
             with about("ckpt_path"):
@@ -489,6 +492,15 @@ def _remove_empty(parent: Path) -> None:
 def _class_of(class_path: str) -> type:
     module, name = class_path.rsplit(".", 1)
     return getattr(import_module(module), name)
+
+
+def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """What Lightning would say of a plain module only once the run directory is there."""
+    for name in ("training_step", "configure_optimizers"):
+        if not is_overridden(name, model):
+            raise ValueError(f"model: {type(model).__name__} does not define `{name}`")
+    if not any(is_overridden("train_dataloader", each) for each in (model, datamodule) if each is not None):
+        raise ValueError(f"data: neither they nor {type(model).__name__} define `train_dataloader`")
 
 
 def _ensemble(config: jsonargparse.Namespace) -> Ensemble:

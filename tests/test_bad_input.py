@@ -7,7 +7,7 @@ import sys
 import tempfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,13 @@ class Plain(LightningModule):
     def __init__(self):
         super().__init__()
         1 / 0
+
+class Steps(LightningModule):
+    def training_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return None
 
 class NotFinite(SyntheticData):
     def sample(self, stream, values):
@@ -177,7 +184,7 @@ case("sparsity-axis-beyond-dim", "ensemble.sparsity = 9: must be at most dim = 5
      {"ensemble.sparsity": [9], "data.init_args.sparsity": DROP})  # fmt: skip
 values("ensemble.depth", "no such axis; the axes here are batch_size, correlation", [1])
 for name in ("root", "self", "values", "shape", "_x", "a b", 1):
-    case(f"axis-called-{name}", f"ensemble.{name}: no such axis", {"ensemble": {name: [1]}})
+    case(f"axis-called-{name}", f"ensemble.{name}: no such axis", {"ensemble": {name: [1]}}, slow=name != "root")
 case("axis-and-scalar", "data.init_args.sparsity = 2: sparsity is also an axis", {"ensemble.sparsity": [1, 2]})
 case("axis-and-flag", "model.init_args.init_scale = 0.2: init_scale is also an axis",
      {"ensemble.init_scale": [0.1]}, "--model.init_args.init_scale", "0.2")  # fmt: skip
@@ -266,6 +273,10 @@ case("model-wrong-axis", "must be the 4 members", model("mine.WrongAxis"))
 case("model-schedules", ["Schedules.configure_optimizers", "schedulers"], model("mine.Schedules"))
 case("plain-module-raises", ["model: Plain: ZeroDivisionError"], {**model("mine.Plain"), "ensemble": DROP})
 case("plain-module-with-ensemble", "ensemble: mine.Plain is no LinearNetwork", model("mine.Plain"))
+case("plain-module-without-steps", "LightningModule does not define `training_step`",
+     {**model("lightning.pytorch.LightningModule"), "ensemble": DROP})  # fmt: skip
+case("plain-module-without-data", "data: neither they nor Steps define `train_dataloader`",
+     {**model("mine.Steps"), "ensemble": DROP, "data": DROP})  # fmt: skip
 case("sizes-disagree", ["model", "4 features", "5"], model("DiagonalLinearNetwork", dim=4))
 for name in ("init_scale", "label_noise"):
     values(f"model.init_args.{name}", "must be", None, NAN, INF, -1, "x", True, {})
@@ -288,7 +299,8 @@ case("optimizer-no-argument", "GainSGD has no argument 'momentum'; it has lr, we
      {OPTIMIZER: {"class_path": "GainSGD", "init_args": {"momentum": 0.9}}})  # fmt: skip
 for value in (-1.0, 0, INF, NAN, "x", None, [1]):
     case(f"optimizer-lr-{value}", "optimizer.init_args.lr = ",
-         {OPTIMIZER: {"class_path": "GainSGD", "init_args": {"lr": value}}, "ensemble.lr": DROP})  # fmt: skip
+         {OPTIMIZER: {"class_path": "GainSGD", "init_args": {"lr": value}}, "ensemble.lr": DROP},
+         slow=value != -1.0)  # fmt: skip
 case("optimizer-of-one-lr", ["ensemble.lr", "GainSGD"], {OPTIMIZER: {"class_path": "torch.optim.SGD"}})
 case("optimizer-refuses", [OPTIMIZER, "Adam", "beta"],
      {OPTIMIZER: {"class_path": "torch.optim.Adam", "init_args": {"betas": [2, 3]}}, "ensemble.lr": DROP})  # fmt: skip
@@ -336,7 +348,12 @@ for name, arguments in {
     "StochasticWeightAveraging": {"swa_lrs": 0.1},
     "ModelCheckpoint": {},
 }.items():
-    case(f"callback-{name}", f"trainer.callbacks: {name}", callback(f"lightning.pytorch.callbacks.{name}", **arguments))
+    case(
+        f"callback-{name}",
+        f"trainer.callbacks: {name}",
+        callback(f"lightning.pytorch.callbacks.{name}", **arguments),
+        slow=name != "EarlyStopping",
+    )
 case("callback-not-writable", "Interval.step", callback("lightning.pytorch.callbacks.Timer"))
 FIGURE = {"class_path": "StepSizeFigure"}
 case(
@@ -397,7 +414,7 @@ case("logs-is-a-file", ["lightning_logs", "Not a directory"], files={"lightning_
 # The whole config -----------------------------------------------------------------------------------------------------
 
 for i, value in enumerate(("a/b", "..", ".", "", "a\0b", "a\nb", "x" * 300, 3)):
-    case(f"name-{i}", "name" if i != 6 else "File name too long", {"name": value})
+    case(f"name-{i}", "name" if i != 6 else "File name too long", {"name": value}, slow=i not in (0, 6))
 values("seed", "must be", -1, 2**32, None, 1.5, "x", True, INF)
 case("unknown-section", ["modle: there is no such key", "the sections are name, seed, ensemble"], {"modle": 3})
 case("unknown-flag", "--trainer.steps", {}, "--trainer.steps", "3")
@@ -566,18 +583,27 @@ def assert_one_short_message(code, out, err):
     return err
 
 
+class HangError(BaseException):
+    """No Exception, so that nobody takes it for a mistake."""
+
+
 @contextmanager
 def at_most(seconds):
-    def ring(*_):
-        raise TimeoutError(f"more than {seconds} s")
+    """Of the processor's time, for other work may slow a test down; and of waiting twelve times that."""
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    def ring(*_):
+        raise HangError(f"more than {seconds} s")
+
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds))
+    before = [signal.signal(number, ring) for number, _, _ in timers]
+    for _, timer, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -651,10 +677,12 @@ def test_trainer_options_that_can_be_honoured_are(changes, workplace):
     assert main(prepare(workplace, Case("good", [], changes), {})) == 0
 
 
-SUBPROCESSES = ("table-hole.csv", "checkpoint-pickle")
+SUBPROCESSES = ("table-hole.csv", "checkpoint-pickle", "yaml-repeated", "root-cannot-be-written")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.id in SUBPROCESSES], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [marked(replace(case, slow=case.id != SUBPROCESSES[0])) for case in CASES if case.id in SUBPROCESSES]
+)
 def test_the_program_itself_ends_with_code_2_and_the_message(case, tmp_path, good_run):
     arguments = prepare(tmp_path, case, good_run)
     before = tree(tmp_path)
@@ -720,8 +748,9 @@ KEYS = [
 NUMBERS = st.sampled_from([-2, -1, 0, 1, 2, 3, 7, 30, 10**12, 2**53, 2**63, 10**30, HUGE, True, False, None, 0.5, -0.5,
                            1e-300, 1e300, -0.0, INF, -INF, NAN])  # fmt: skip
 WORDS = st.sampled_from(["", "x", "full", "1e3", "null", "ones", "SGD", "torch.optim.SGD", "GainSGD", "mine.Plain",
-                         "float32", "SparseRegression", "DiagonalLinearNetwork", "train_loss", "beta", ".", "a/b", "\0",
-                         "ü", "epochs", "note.txt", "{", "[1", "!!python/name:os.system", "=", "@", "%"])  # fmt: skip
+                         "float32", "SparseRegression", "DiagonalLinearNetwork", "train_loss", "beta", ".", "a/b",
+                         "\0", "ü", "epochs",
+                         "note.txt", "{", "[1", "!!python/name:os.system", "=", "@", "%"])  # fmt: skip
 FORMS = st.sampled_from(
     ["log10", "linear", "range", "class_path", "init_args", "lr", "seed", "every_n_steps", "x", 3, None]
 )
