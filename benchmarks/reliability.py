@@ -371,12 +371,13 @@ def killed_while_writing(folder: Path, config: dict = SMALL, stride: int = 7) ->
 
 
 def long(config: dict, steps: int) -> dict:
-    """The same config with more steps, recorded on a logarithmic schedule."""
+    """The same config with more steps, recorded on a logarithmic schedule, and without label noise: the kernel's path."""
+    model = {"class_path": "DiagonalLinearNetwork", "init_args": {"init_scale": 0.3}}
     record = {**config["record"], "at": {"log10": [0, 4, 40]}}
-    return {**config, "record": record, "trainer": {**config["trainer"], "max_steps": steps}}
+    return {**config, "model": model, "record": record, "trainer": {**config["trainer"], "max_steps": steps}}
 
 
-def killed_at_random(folder: Path, trials: int = 20, steps: int = 1000, seed: int = 0) -> Outcome:
+def killed_at_random(folder: Path, trials: int = 20, steps: int = 4000, seed: int = 0) -> Outcome:
     """R1: `kill -9` at random times, again and again until the run has ended."""
     found = Outcome("kill -9 at random times, several in a run, each resumed: bitwise the uninterrupted run")
     program, clock = Program(long(SMALL, steps), folder), random.Random(seed)
@@ -423,7 +424,7 @@ def resumed_from_every_checkpoint(folder: Path, config: dict = SMALL) -> Outcome
     return found
 
 
-def signals(folder: Path, trials: int = 20, steps: int = 1000, seed: int = 0) -> Outcome:
+def signals(folder: Path, trials: int = 20, steps: int = 4000, seed: int = 0) -> Outcome:
     """SIGTERM and Ctrl-C at random times: an end in order, exit code 143 or 130, and a resume that is the same run."""
     found = Outcome(
         "SIGTERM or Ctrl-C at random times: ends in order with a checkpoint; resumed: the uninterrupted run"

@@ -85,7 +85,7 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_end(tmp_path):
 
 
 def test_a_program_that_was_killed_goes_on_as_if_it_had_not_been(program, tmp_path):
-    slow = Program(study.long(SMALL, 500), tmp_path / "config")
+    slow = Program(study.long(SMALL, 8000), tmp_path / "config")
     command = [sys.executable, "-m", "dlnlab", "fit", "--config", str(tmp_path / "config" / "trial.yaml")]
     process = subprocess.Popen(command, cwd=tmp_path, env=study._environment(), stderr=subprocess.DEVNULL)
     while not (tmp_path / LAST).exists():
