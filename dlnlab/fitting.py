@@ -447,9 +447,13 @@ class Run(LightningCLI):
         print(f"run: {self.directory}")
 
     def way_on(self) -> str:
-        """How a fit that was cut short goes on, the end of a sentence."""
+        """Where the results of a fit that was cut short are and how it goes on, the end of a sentence."""
+        if self.directory is None:
+            return ""
         last = self._last_checkpoint
-        return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
+        if last is not None and last.exists():
+            return f"; go on with --ckpt_path {last}"
+        return f"; {self.directory} holds what was recorded"
 
 
 def claim(parent: Path) -> Path:
