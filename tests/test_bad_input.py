@@ -706,9 +706,10 @@ def test_a_failure_during_the_fit_is_code_1_names_the_run_and_keeps_what_was_rec
     assert main(prepare(workplace, Case("fails", [], changes), {})) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    *_, message, run = err.splitlines()
-    assert message.startswith("dlnlab fit: failed after step 2: ZeroDivisionError: three is enough (mine.py, line ")
-    assert run.startswith("run: lightning_logs/config/version_0 ")
+    start = (
+        "dlnlab fit: run lightning_logs/config/version_0 failed after step 2: ZeroDivisionError: three is enough (mine"
+    )
+    assert err.splitlines()[-1].startswith(start)
     assert load_results("lightning_logs/config/version_0").train_loss.sizes["step"] >= 2
 
 
