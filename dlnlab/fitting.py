@@ -411,8 +411,10 @@ class Run(LightningCLI):
     # Carrying out -----------------------------------------------------------------------------------------------------
 
     def where(self) -> str:
-        """How far the trainer has come, for messages."""
-        return f"failed after step {self.trainer.global_step}" if self.subcommand == "fit" else "failed"
+        """Which run has failed and how far it has come, the beginning of a message; its records until then are kept."""
+        if self.subcommand != "fit":
+            return "failed"
+        return f"run {self.directory} failed after step {self.trainer.global_step}"
 
     def carry_out(self) -> None:
         """Do what was asked for; a fit that writes draws its figures.
