@@ -22,13 +22,18 @@ class AtomicCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a full disk or a crash leaves the one before untouched."""
+        """Write a checkpoint; a full disk or a crash leaves the one before untouched.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         del storage_options
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_atomic(path, buffer.getvalue(), checksum=True, keep_previous=True)
+        # A damaged one must not take the place of the whole one it had replaced.
+        write_atomic(path, buffer.getvalue(), checksum=True, keep_previous=_is_whole(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -55,6 +60,14 @@ class AtomicCheckpointIO(CheckpointIO):
         path = Path(path)
         for each in (path, path.with_name(path.name + ".previous")):
             each.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_verified(path)
+    except (DamagedFileError, FileNotFoundError):
+        return False
+    return True
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:

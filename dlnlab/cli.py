@@ -15,6 +15,7 @@ commands:
   predict    predictions of a checkpoint on its test rows
   export     what a run has recorded as netcdf, zarr, parquet or csv: dlnlab export RUN --format netcdf
 
+Ctrl-C and SIGTERM end a fit in order, with a checkpoint, and it says how to go on; a second Ctrl-C ends it at once.
 `dlnlab COMMAND --help` lists a command's arguments, `dlnlab fit --config FILE --print_config` what they come to.
 """
 
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its arguments; None takes the program's own.
 
     Returns:
-        The exit code: 0; 2 for a mistake found before anything was made; 1 for a failure after that.
+        The exit code: 0; 2 for a mistake found before anything was made; 1 for a failure after that; 130 and 143 where
+        Ctrl-C and SIGTERM ended a fit, which they do in order, with a checkpoint.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -45,4 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that a person's own classes are found by their class_path
     module, function = COMMANDS[argv[0]].split(":")
-    return getattr(import_module(module), function)(argv)
+    try:
+        return getattr(import_module(module), function)(argv)
+    except KeyboardInterrupt:
+        return 130

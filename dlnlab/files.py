@@ -1,10 +1,18 @@
 """Files that are whole or absent: written beside their place, checksummed, renamed into it."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_TEMPORARY = ".tmp"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
 
@@ -23,12 +31,13 @@ def write_atomic(path: Path, content: bytes, *, checksum: bool = False, keep_pre
         keep_previous: Keep what is replaced as `path` with `.previous` added.
 
     Raises:
-        OSError: If the disk is full or the folder cannot be written; nothing at `path` has changed then.
+        OSError: If the disk is full or the folder cannot be written; it names `path`, where nothing has changed then.
     """
     if checksum:
         content += _MARK + hashlib.sha256(content).hexdigest().encode()
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -39,10 +48,46 @@ def write_atomic(path: Path, content: bytes, *, checksum: bool = False, keep_pre
             previous.unlink(missing_ok=True)
             os.link(path, previous)  # so that a crash before the rename leaves both
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            # A folder that became read-only keeps it; the next resume clears it away.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a write alone does not say where
         raise
     _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; nobody else may be writing here."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def hold(folder: Path) -> Callable[[], None]:
+    """Make this process the only one that holds a folder, until it lets go or ends, however it ends.
+
+    Args:
+        folder: The folder; nothing in it changes.
+
+    Returns:
+        What lets go.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+    """
+    if fcntl is None:
+        return lambda: None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass  # a file system without locks
+    return lambda: os.close(handle)
 
 
 def read_verified(path: Path) -> bytes:
@@ -54,12 +99,10 @@ def read_verified(path: Path) -> bytes:
     """
     content = path.read_bytes()
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
-    if not trailer.startswith(_MARK):
-        raise DamagedFileError(
-            f"{path} is damaged, or no file of dlnlab: no checksum is behind its {len(content)} bytes"
-        )
     if trailer != _MARK + hashlib.sha256(body).hexdigest().encode():
-        raise DamagedFileError(f"{path} is damaged: its checksum does not match its {len(content)} bytes")
+        raise DamagedFileError(
+            f"{path} is damaged: its checksum does not match its {len(content)} bytes (or dlnlab has not written it)"
+        )
     return body
 
 

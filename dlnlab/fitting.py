@@ -8,13 +8,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,18 +25,19 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
 from dlnlab import checks, strict_yaml
-from dlnlab.callbacks import Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
+from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
 from dlnlab.ensemble import Ensemble
 from dlnlab.figures import Figure
-from dlnlab.files import write_atomic
+from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, explain, home, trainer_mistake
 from dlnlab.models import LinearNetwork
-from dlnlab.results import HEADER, load_results
+from dlnlab.results import HEADER, ResultError, load_results, verify_segments
 from dlnlab.start import Start
 
 _LOGS = "lightning_logs"
@@ -61,15 +62,30 @@ def main(argv: list[str]) -> int:
     try:
         with without_noise():
             run.carry_out()
+    except Interrupted as end:
+        print(f"dlnlab {command}: {end}", file=sys.stderr)
+        print(f"run: {run.directory}")
+        return 128 + end.signal
     except Exception as error:
-        if not isinstance(error, OSError):  # a full disk needs no traceback; what may be a bug does
+        if not isinstance(error, OSError | CheckpointError | ResultError):  # a full disk needs no traceback, a bug does
             traceback.print_exc()
-        print(f"dlnlab {command}: {run.where()}: {explain(error)}", file=sys.stderr)
-        if run.directory is not None:
-            print(f"run: {run.directory} (holds what was recorded until then)", file=sys.stderr)
+        print(f"dlnlab {command}: {run.where()}: {explain(error)}{run.way_on()}", file=sys.stderr)
         return 1
     run.announce()
     return 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A fit that a signal has ended in order; says at which step, and how it goes on.
+
+    Args:
+        message: That.
+        signal: The signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class Run(LightningCLI):
@@ -83,6 +99,8 @@ class Run(LightningCLI):
 
     def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
         self.directory: Path | None = None
+        self._last_checkpoint: Path | None = None
+        self._let_go = contextlib.ExitStack()
         self.write = write
         self.replaced = tuple(replaced)
         self.command = argv[0]
@@ -131,8 +149,7 @@ class Run(LightningCLI):
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
         args = _configs_first(args)
-        for given in _config_files(args):
-            strict_yaml.check_file(given)
+        strict_yaml.check_arguments(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
         for _, arguments in _init_args(self.given[self.given.subcommand]):
@@ -195,7 +212,8 @@ class Run(LightningCLI):
         if self.wants_logger:
             config["logger"] = False
         if self.subcommand == "fit":
-            chosen = [guard, *chosen, self.recorder]
+            self.interruption = Interruption()
+            chosen = [guard, *chosen, self.recorder, self.interruption]
             if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in chosen):
                 chosen.append(RunCheckpoint(grid=guard.settings.every_n_steps))
             if config["enable_progress_bar"] is not False:
@@ -232,6 +250,8 @@ class Run(LightningCLI):
         if isinstance(model, LinearNetwork):
             with about("model", type(model), self.ensemble.axes):
                 model.setup(self.subcommand)
+        elif self.subcommand == "fit":
+            _refuse_what_cannot_be_fitted(model, datamodule)
         checkpoint = self._checkpoint()
         if checkpoint is not None:
             with about("ckpt_path"):
@@ -259,13 +279,18 @@ class Run(LightningCLI):
         if not self.write:
             return
         if checkpoint is not None:
-            self.directory = Path(self._arguments["ckpt_path"]).parent.parent
+            self.directory = self._directory_of_checkpoint()
         else:
             root = Path(self.config.fit.trainer.default_root_dir or "")
             self.directory = claim(root / _LOGS / self._name())
         try:
+            with about("ckpt_path"):
+                self._hold()
+                if checkpoint is not None:
+                    self._verify_records(checkpoint)
             self._tie(checkpoint)
         except BaseException:
+            self._let_go.close()
             if checkpoint is None:
                 give_back(self.directory)
             raise
@@ -285,8 +310,15 @@ class Run(LightningCLI):
             return None
         if not Path(path).is_file():
             raise CheckpointError(f"ckpt_path = {path}: there is no such file")
-        with about("ckpt_path"):
-            return AtomicCheckpointIO().load_checkpoint(path)
+        with about("ckpt_path"), warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        for warning in heard:  # that the one before is used instead
+            print(f"dlnlab {self.subcommand}: {warning.message}", file=sys.stderr)
+        return checkpoint
+
+    def _directory_of_checkpoint(self) -> Path:
+        return Path(os.path.normpath(Path(self._arguments["ckpt_path"]).parent / ".."))  # its name alone may be given
 
     def _start(self, checkpoint: dict[str, Any] | None) -> Start | None:
         """What the fit starts from, if it is another run; a resumed fit did so when it began."""
@@ -311,9 +343,10 @@ class Run(LightningCLI):
         if not recorded or not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
             raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
         fitting = self.subcommand == "fit"
-        if fitting and not (path.parent.parent / "results" / HEADER).exists():
+        directory = self._directory_of_checkpoint()
+        if fitting and not (directory / "results" / HEADER).exists():
             raise CheckpointError(
-                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {path.parent.parent} is none"
+                f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {directory} is none"
             )
         then, now = _what_must_agree(recorded, fitting), _what_must_agree(self.resolved, fitting)
         for key in dict.fromkeys((*then, *now)):
@@ -339,6 +372,20 @@ class Run(LightningCLI):
         if start is not None:
             self.recorder.attributes["init_from"] = start.provenance
 
+    def _verify_records(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on after segments that are not there as they were."""
+        records = checkpoint["callbacks"].get(self.recorder.state_key)
+        if records is None:
+            raise CheckpointError(f"ckpt_path = {self._arguments['ckpt_path']}: says nothing about the run's records")
+        verify_segments(self.directory / "results", records["segments"], records["chain"])
+
+    def _hold(self) -> None:
+        """Keep others from the run directory: two fits in one would tear each other's results."""
+        try:
+            self._let_go.callback(hold(self.directory))
+        except BlockingIOError:
+            raise CheckpointError(f"{self.directory} is in use: the fit that writes it has not ended") from None
+
     def _tie(self, checkpoint: dict[str, Any] | None) -> None:
         """Point logger, checkpoints, records and config to the run directory."""
         if self.wants_logger:
@@ -351,6 +398,12 @@ class Run(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.directory / "checkpoints")
+        self._last_checkpoint = self.directory / "checkpoints" / "last.ckpt"
+        if self.trainer.checkpoint_callbacks:
+            self.interruption.checkpoint = self._last_checkpoint
+        if checkpoint is not None:
+            for folder in (self.directory, self.directory / "results", self.directory / "checkpoints"):
+                remove_leftovers(folder)
         write_atomic(self.directory / "config.yaml", self.recorder.attributes["config"].encode())
         write_atomic(self.directory / "versions.json", self.recorder.attributes["versions"].encode())
         self.recorder.directory = self.directory
@@ -362,9 +415,25 @@ class Run(LightningCLI):
         return f"failed after step {self.trainer.global_step}" if self.subcommand == "fit" else "failed"
 
     def carry_out(self) -> None:
-        """Do what was asked for; a fit that writes draws its figures."""
-        getattr(self.trainer, self.subcommand)(**self._arguments)
-        if self.subcommand == "fit" and self.write and self.figures:
+        """Do what was asked for; a fit that writes draws its figures.
+
+        Raises:
+            Interrupted: If a signal has ended a fit.
+        """
+        with self._let_go:
+            if self.subcommand == "fit":
+                self._fit()
+            else:
+                getattr(self.trainer, self.subcommand)(**self._arguments)
+
+    def _fit(self) -> None:
+        with self.interruption:
+            self.trainer.fit(**self._arguments)
+        number = self.interruption.signal
+        if number is not None:
+            name, step = signal.Signals(number).name, self.trainer.global_step
+            raise Interrupted(f"stopped at step {step} by {name}{self.way_on()}", number)
+        if self.write and self.figures:
             dataset = load_results(self.directory)
             saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
             self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
@@ -376,6 +445,11 @@ class Run(LightningCLI):
         if isinstance(self.model, LinearNetwork):
             print(f"members: {MemberGuard.summary(self.model)}")
         print(f"run: {self.directory}")
+
+    def way_on(self) -> str:
+        """How a fit that was cut short goes on, the end of a sentence."""
+        last = self._last_checkpoint
+        return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
 
 
 def claim(parent: Path) -> Path:
@@ -420,10 +494,13 @@ def _class_of(class_path: str) -> type:
     return getattr(import_module(module), name)
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    """What is given as `--config`."""
-    found = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
-    return found + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """What Lightning would say of a plain module only once the run directory is there."""
+    for name in ("training_step", "configure_optimizers"):
+        if not is_overridden(name, model):
+            raise ValueError(f"model: {type(model).__name__} does not define `{name}`")
+    if not any(is_overridden("train_dataloader", each) for each in (model, datamodule) if each is not None):
+        raise ValueError(f"data: neither they nor {type(model).__name__} define `train_dataloader`")
 
 
 def _ensemble(config: jsonargparse.Namespace) -> Ensemble:
@@ -533,6 +610,7 @@ def without_noise() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (".*does not have many workers.*", "Checkpoint directory .* exists", ".*dataloader.*length.*",
+                            ".* is damaged.*; using .*",  # was said before the fit
                             "Using ModelCheckpoint with manual optimization.*", ".*LeafSpec.* is deprecated"):  # fmt: skip
                 warnings.filterwarnings("ignore", message)
             yield

@@ -118,6 +118,7 @@ class Recorder(Callback):
         self._flushed_at = time.monotonic()
         self._parts: list[dict[str, np.ndarray]] = []  # in memory, where there is no directory
         self._num_segments = 0
+        self._chain = ""  # the checksum of the segments so far
         self._restored: dict[str, Any] | None = None
         self._event_files: dict[str, EventFile] = {}
         self.names: tuple[str, ...] = ()
@@ -176,10 +177,10 @@ class Recorder(Callback):
         self._finished = False
         if self._restored is not None and self.directory is not None:
             results.drop_segments(self.directory / "results", self._num_segments)
-        elif self.directory is not None:
-            (self.directory / "results").mkdir(parents=True, exist_ok=True)
-            self._write_header()
         self._open_event_files()
+        if self.directory is not None:
+            (self.directory / "results").mkdir(parents=True, exist_ok=True)
+            self._write_header()  # anew in a resumed run, whose config may go further
         if isinstance(pl_module, LinearNetwork) and trainer.global_step == 0:
             pl_module.begin(0)
             self.record(0, pl_module.measure(self._variable_names()))
@@ -267,7 +268,6 @@ class Recorder(Callback):
         if not self._pending:
             return
         series = {name: (steps, _to_numpy(torch.stack(values))) for name, (steps, values) in self._pending.items()}
-        self._pending, self._bytes = {}, 0
         constants = {}
         if isinstance(self._module, LinearNetwork):
             constants = {
@@ -279,9 +279,12 @@ class Recorder(Callback):
             steps = {name + results._STEPS: np.array(at) for name, (at, _) in series.items()}
             self._parts.append({**constants, **arrays, **steps, "dims": np.array(json.dumps(self._dims))})
         else:
-            results.write_segment(self.directory / "results", self._num_segments, series, constants, self._dims)
+            folder = self.directory / "results"
+            written = results.write_segment(folder, self._num_segments, series, constants, self._dims)
             self._write_events(series)
+            self._chain = results.chain(self._chain, written)
         self._num_segments += 1
+        self._pending, self._bytes = {}, 0
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -364,7 +367,8 @@ class Recorder(Callback):
         """Closes the segment, so that none straddles a checkpoint, and says how far the records go."""
         self.flush()
         events = {self._cell_names[cell]: file.length for cell, file in self._event_files.items()}
-        return {"segments": self._num_segments, "last_recorded": dict(self._last_recorded), "events": events}
+        return {"segments": self._num_segments, "chain": self._chain, "last_recorded": dict(self._last_recorded),
+                "events": events}  # fmt: skip
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the resolved config, with which a resumed run is compared."""
@@ -374,7 +378,7 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         self._restored = state_dict
-        self._num_segments = state_dict["segments"]
+        self._num_segments, self._chain = state_dict["segments"], state_dict["chain"]
         self._last_recorded = dict(state_dict["last_recorded"])
 
 

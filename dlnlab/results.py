@@ -1,10 +1,12 @@
 """Result segments on disk -> one labelled data set.
 
-A run's `results/` holds `ensemble.json` (axes and attributes, written once) and immutable segments `part-000000.npz`,
-...; each is a zip archive of arrays with a checksum behind it. An array `name` holds one variable over (T, E, ...), and
-`name/steps` the T optimizer steps it was recorded at; a variable without steps is as of the segment's end.
+A run's `results/` holds `ensemble.json` (axes and attributes, with a checksum inside) and immutable segments
+`part-000000.npz`, ...; each is a zip archive of arrays with a checksum behind it. An array `name` holds one variable
+over (T, E, ...), and `name/steps` the T optimizer steps it was recorded at; a variable without steps is as of the
+segment's end.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable
@@ -43,7 +45,27 @@ class ResultError(ValueError):
 def write_header(folder: Path, axes: dict[str, list[Any]], coordinates: dict[str, Any], attributes: dict) -> None:
     """Start a results folder: the ensemble's axes, further coordinates {name: (axis, values)} and attributes."""
     header = {"axes": axes, "coordinates": coordinates, "attributes": attributes}
-    write_atomic(folder / HEADER, json.dumps(header, indent=1).encode())
+    write_atomic(folder / HEADER, json.dumps({**header, "sha256": _digest_of(header)}, indent=1).encode())
+
+
+def _digest_of(header: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What `write_header` wrote.
+
+    Raises:
+        ResultError: If it is damaged.
+    """
+    try:
+        header = json.loads((folder / HEADER).read_bytes())
+        whole = header.pop("sha256") == _digest_of(header)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        whole = False
+    if not whole:
+        raise ResultError(f"{folder / HEADER} is damaged; a resume of the run writes it anew")
+    return header
 
 
 def write_segment(
@@ -52,7 +74,7 @@ def write_segment(
     series: dict[str, tuple[list[int], np.ndarray]],
     constants: dict[str, np.ndarray],
     dims: dict[str, list[str]],
-) -> None:
+) -> str:
     """Write one immutable segment.
 
     Args:
@@ -61,6 +83,9 @@ def write_segment(
         series: name -> (steps (T,), values (T, E, ...)).
         constants: name -> values (E, ...), as of now; the last segment's count.
         dims: Names of the trailing dimensions of variables that have any.
+
+    Returns:
+        The checksum of its contents.
     """
     arrays = dict(constants)
     for name, (steps, values) in series.items():
@@ -69,6 +94,36 @@ def write_segment(
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_atomic(folder / _PART.format(number), buffer.getvalue(), checksum=True)
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def chain(before: str, segment: str) -> str:
+    """The checksum of a series of segments, from that of the series without its last and the last one's own."""
+    return hashlib.sha256(f"{before} {segment}".encode()).hexdigest()
+
+
+def verify_segments(folder: Path, count: int, expected: str) -> None:
+    """Check that the first `count` segments are those that a checkpoint was written after.
+
+    Args:
+        folder: The results folder.
+        count: How many there were.
+        expected: Their `chain`; "" for none.
+
+    Raises:
+        ResultError: If one is missing, damaged or of another continuation of the run.
+    """
+    found = ""
+    for number in range(count):
+        path = folder / _PART.format(number)
+        try:
+            found = chain(found, hashlib.sha256(read_verified(path)).hexdigest())
+        except FileNotFoundError:
+            raise ResultError(f"{path} is missing: the checkpoint needs {count} segments") from None
+        except DamagedFileError as error:
+            raise ResultError(f"{error}; resume from a checkpoint that was written before it") from None
+    if found != expected:
+        raise ResultError(f"{folder}: the run was since resumed from an earlier checkpoint; use one written after that")
 
 
 def segments(folder: Path) -> list[Path]:
@@ -110,13 +165,13 @@ def load_results(run: str | Path) -> xr.Dataset:
 
     Raises:
         FileNotFoundError: If the folder is no run.
-        ResultError: If a segment is damaged.
+        ResultError: If a segment or the header is damaged.
     """
     run = Path(run)
     folder = run / "results"
     if not (folder / HEADER).exists():
         raise FileNotFoundError(f"{run} is no run directory: it has no results/{HEADER}")
-    header = json.loads((folder / HEADER).read_text())
+    header = read_header(folder)
     parts = []
     for path in segments(folder):
         try:

@@ -165,8 +165,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("stop", [37, 64])
+@pytest.mark.parametrize(("name", "stop"), [("closed form", 64), *((name, 37) for name in OPTIMIZERS)])
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, fit, name, stop):
     cls, arguments = OPTIMIZERS[name]
     rng = np.random.default_rng(0)

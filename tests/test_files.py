@@ -37,7 +37,7 @@ def test_every_flipped_bit_is_detected(tmp_path):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
-            with pytest.raises(DamagedFileError, match=r"file is damaged: its checksum does not match its \d+ bytes"):
+            with pytest.raises(DamagedFileError, match="file is damaged"):
                 read_verified(path)
 
 

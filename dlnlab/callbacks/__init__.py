@@ -2,6 +2,7 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.interruption import Interruption
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
@@ -11,6 +12,7 @@ from dlnlab.recorder import Recorder
 
 __all__ = [
     "GainTracker",
+    "Interruption",
     "Measurement",
     "MemberGuard",
     "MemberProgress",

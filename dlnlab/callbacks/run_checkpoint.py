@@ -20,15 +20,15 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_train_steps: int | None = None, grid: int = 1, **kwargs: Any) -> None:
-        defaults = {"save_top_k": -1, "save_last": True, "filename": "{step}"}
+        # A run that goes on from an earlier checkpoint replaces the later ones, instead of writing `last-v1.ckpt` beside.
+        defaults = {"save_top_k": -1, "save_last": True, "filename": "{step}", "enable_version_counter": False}
         super().__init__(every_n_train_steps=every_n_train_steps or 1, **(defaults | kwargs))
         self._given = every_n_train_steps
         self._grid = grid
 
-    @property
-    def state_key(self) -> str:
-        """Without the period, which may differ in a resumed run that goes further."""
-        return "RunCheckpoint"
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what is saved depends on the step alone, and a run directory may move."""
+        return {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the period, now that max_steps is known."""

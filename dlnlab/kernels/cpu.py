@@ -3,6 +3,7 @@
     kernel = DiagonalKernel(x, y)
     state = DiagonalState.start(w_plus, w_minus)
     taken = kernel.advance(state, lr, None, problem, Batches.full(num_members), start=0, stop=10_000)
+    state.factors.gain()
 
 Members run one after another, or full batches of one problem sixteen at a time; a member's bits depend neither on that nor
 on the ensemble, its order, the number of threads or where calls begin and end. Results agree with
@@ -44,8 +45,12 @@ class DiagonalState:
     @classmethod
     def start(cls, w_plus: Tensor, w_minus: Tensor) -> "DiagonalState":
         """The state before the first step."""
-        zeros = torch.zeros(len(w_plus), dtype=torch.float64)
-        return cls(Factors.start(w_plus, w_minus), zeros, zeros.clone())
+        return cls.of(Factors.start(w_plus, w_minus))
+
+    @classmethod
+    def of(cls, factors: Factors) -> "DiagonalState":
+        """The state that lies in the given factors, sharing memory with them."""
+        return cls(factors, factors.square_sum, factors.largest_step)
 
     def clone(self) -> "DiagonalState":
         """A copy that shares no memory."""
@@ -57,7 +62,9 @@ class DiagonalState:
         return [tensors[name] for name in cpu_steps.State._fields]
 
     def _arrays(self) -> cpu_steps.State:
-        return cpu_steps.State(*(tensor.numpy() for tensor in self._tensors()))
+        tensors = self._tensors()
+        assert all(tensor.is_contiguous() for tensor in tensors), "the kernel changes its tensors in place"
+        return cpu_steps.State(*(tensor.numpy() for tensor in tensors))
 
 
 @dataclass
@@ -205,13 +212,14 @@ class DiagonalKernel:
         if decay is None:
             decay = torch.ones(members, dtype=kind)
         table = cpu_steps.Members(
-            *(tensor.numpy() for tensor in (
+            *(tensor.contiguous().numpy() for tensor in (
                 lr.to(kind), decay.to(kind), problem, batches.size, batches.sampling, batches.sampling_key,
                 batches.noise_key, batches.noise_std.double(), state.factors.initial_plus, state.factors.initial_minus,
                 status, stopped_at,
             )),
             members,
         )  # fmt: skip
+        assert status.is_contiguous() and stopped_at.is_contiguous(), "they are changed in place"
         arrays = state._arrays()
         rule = (
             cpu_steps.Guard(0.0, 0.0, 0, arrays)
