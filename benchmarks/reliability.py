@@ -670,10 +670,15 @@ def isolation(folder: Path, steps: list[int] | range = range(1, 61)) -> Outcome:
                 failure = f"status {wild['status']}"
             others = [place for place in range(18) if place != member]
             for name in tame.keys() - {"status"}:
-                if not np.array_equal(tame[name][..., others, :], wild[name][..., others, :]):
+                if not np.array_equal(_members(tame[name], others), _members(wild[name], others)):
                     failure = f"{name} of another member"
             found.add((model.__name__, step), failure)
     return found
+
+
+def _members(values: np.ndarray, members: list[int]) -> np.ndarray:
+    """Some members of records (T, E, D) or of a state (E, ...)."""
+    return values[:, members] if values.ndim == 3 else values[members]
 
 
 def _ensemble_with(model: type, axes: dict, step: int | None, member: int) -> dict[str, np.ndarray]:

@@ -99,12 +99,10 @@ def read_verified(path: Path) -> bytes:
     """
     content = path.read_bytes()
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
-    if not trailer.startswith(_MARK):
-        raise DamagedFileError(
-            f"{path} is damaged, or no file of dlnlab: no checksum is behind its {len(content)} bytes"
-        )
     if trailer != _MARK + hashlib.sha256(body).hexdigest().encode():
-        raise DamagedFileError(f"{path} is damaged: its checksum does not match its {len(content)} bytes")
+        raise DamagedFileError(
+            f"{path} is damaged: its checksum does not match its {len(content)} bytes (or dlnlab has not written it)"
+        )
     return body
 
 

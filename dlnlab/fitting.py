@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +25,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
 from dlnlab import checks, strict_yaml
@@ -149,8 +149,7 @@ class Run(LightningCLI):
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
         args = _configs_first(args)
-        for given in _config_files(args):
-            strict_yaml.check_file(given)
+        strict_yaml.check_arguments(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
         for _, arguments in _init_args(self.given[self.given.subcommand]):
@@ -251,6 +250,8 @@ class Run(LightningCLI):
         if isinstance(model, LinearNetwork):
             with about("model", type(model), self.ensemble.axes):
                 model.setup(self.subcommand)
+        elif self.subcommand == "fit":
+            _refuse_what_cannot_be_fitted(model, datamodule)
         checkpoint = self._checkpoint()
         if checkpoint is not None:
             with about("ckpt_path"):
@@ -410,8 +411,10 @@ class Run(LightningCLI):
     # Carrying out -----------------------------------------------------------------------------------------------------
 
     def where(self) -> str:
-        """How far the trainer has come, for messages."""
-        return f"failed after step {self.trainer.global_step}" if self.subcommand == "fit" else "failed"
+        """Which run has failed and how far it has come, the beginning of a message; its records until then are kept."""
+        if self.subcommand != "fit":
+            return "failed"
+        return f"run {self.directory} failed after step {self.trainer.global_step}"
 
     def carry_out(self) -> None:
         """Do what was asked for; a fit that writes draws its figures.
@@ -446,9 +449,13 @@ class Run(LightningCLI):
         print(f"run: {self.directory}")
 
     def way_on(self) -> str:
-        """How a fit that was cut short goes on, the end of a sentence."""
+        """Where the results of a fit that was cut short are and how it goes on, the end of a sentence."""
+        if self.directory is None:
+            return ""
         last = self._last_checkpoint
-        return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
+        if last is not None and last.exists():
+            return f"; go on with --ckpt_path {last}"
+        return f"; {self.directory} holds what was recorded"
 
 
 def claim(parent: Path) -> Path:
@@ -493,10 +500,13 @@ def _class_of(class_path: str) -> type:
     return getattr(import_module(module), name)
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    """What is given as `--config`."""
-    found = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
-    return found + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """What Lightning would say of a plain module only once the run directory is there."""
+    for name in ("training_step", "configure_optimizers"):
+        if not is_overridden(name, model):
+            raise ValueError(f"model: {type(model).__name__} does not define `{name}`")
+    if not any(is_overridden("train_dataloader", each) for each in (model, datamodule) if each is not None):
+        raise ValueError(f"data: neither they nor {type(model).__name__} define `train_dataloader`")
 
 
 def _ensemble(config: jsonargparse.Namespace) -> Ensemble:

@@ -208,7 +208,7 @@ def _explain_key(key: str, kind: str | None, inner: str) -> str:
         return f"{key}: {kind.rpartition('.')[2] if kind else 'it'} needs {found[1]}"
     if found := re.search(r"Expected a dot import path string: (\S+?)\.?(?:\s|$)", inner):
         return f"{key}: no class {found[1]!r}; {_known(key)}"
-    if found := re.search(r"(?:Import path (\S+) does not correspond|Expected '(\S+)' to be a subclass)", inner):
+    if found := re.search(r"(?:Import path (\S+) does not correspond|Expected '(\S+)' to be )", inner):
         return f"{key}: {found[1] or found[2]} is of another kind; {_known(key)}"
     given = re.search(r"(?:Got|Given) value: (.*)", inner)
     given = re.sub(r"^NestedArg\(key='[^']*', val=(.*?)\)$", r"\1", given[1]) if given else ""

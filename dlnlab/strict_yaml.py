@@ -1,5 +1,7 @@
 """YAML as configs are read: a mapping in which every key stands once. What is not so is refused in one line."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import yaml
 
 _MOST_VALUES = 10_000_000
 """Beyond this, aliases of aliases make a small file larger than memory."""
+_MOST_DIGITS = 300
+"""Of a whole number; floats end at 10^308."""
 _load = jsonargparse.get_loader("yaml")
 
 
@@ -18,12 +22,31 @@ def load(text: str) -> Any:
         yaml.YAMLError: If the text is no YAML, or a key is no word, or repeated.
     """
     try:
-        _check(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        _check(yaml.compose(text, Loader=yaml.SafeLoader), "", {})
         return _load(text)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
     except ValueError as error:  # a date or a number that Python cannot hold
         raise yaml.YAMLError(str(error)) from None
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse, of a command line, what the parser would stumble over.
+
+    Args:
+        arguments: The words of the command line.
+
+    Raises:
+        ValueError: If a number is beyond all others, or a config file is no mapping.
+        OSError: If a config file cannot be read.
+    """
+    for before, word in pairwise(["", *arguments]):
+        if re.search(rf"\d{{{_MOST_DIGITS + 1}}}", word):
+            raise ValueError(f"{before} {word[:40]}...: these are more digits than a number can have")
+        if before in ("--config", "-c"):
+            check_file(word)
+        if word.startswith("--config="):
+            check_file(word.partition("=")[2])
 
 
 def check_file(given: str) -> None:
@@ -61,27 +84,34 @@ def _say(source: str, error: yaml.YAMLError) -> str:
     return f"{source}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
-def _check(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """Refuse repeated keys; returns how many values a node holds once its aliases are followed."""
-    if node is None or isinstance(node, yaml.ScalarNode):
+def _check(node: yaml.Node | None, key: str, sizes: dict[int, int]) -> int:
+    """Refuse repeated keys and numbers beyond all others; returns how many values a node holds, aliases followed."""
+    if node is None:
+        return 1
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > _MOST_DIGITS and node.style is None and node.value.strip("+-_0123456789") == "":
+            raise _error(
+                f"{key} = {node.value[:20]}...: {len(node.value)} digits are more than a number can have", node
+            )
         return 1
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise _error("an alias of what it is part of has no end", node)
+            raise _error(f"{key} is an alias of what it is part of, which has no end", node)
         return sizes[id(node)]
     sizes[id(node)] = 0  # not yet known
-    values = node.value
+    parts = [(f"{key}[{i}]", value) for i, value in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        first: dict[str, yaml.Node] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _error("a key must be a word", key)
-            if first.setdefault(key.value, key) is not key:
-                raise _error(f"the key {key.value!r} is repeated: give it once", key)
-        values = [value for _, value in node.value]
-    sizes[id(node)] = size = 1 + sum(_check(value, sizes) for value in values)
+        parts = []
+        for name, value in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise _error("a key must be a word", name)
+            inner = f"{key}.{name.value}" if key else name.value
+            if inner in dict(parts):
+                raise _error(f"the key {inner!r} is repeated: give it once", name)
+            parts.append((inner, value))
+    sizes[id(node)] = size = 1 + sum(_check(value, inner, sizes) for inner, value in parts)
     if size > _MOST_VALUES:
-        raise _error(f"{size:,} values, once its aliases are followed", node)
+        raise _error(f"{key} has {size:,} values once its aliases are followed", node)
     return size
 
 

@@ -45,8 +45,12 @@ class DiagonalState:
     @classmethod
     def start(cls, w_plus: Tensor, w_minus: Tensor) -> "DiagonalState":
         """The state before the first step."""
-        zeros = torch.zeros(len(w_plus), dtype=torch.float64)
-        return cls(Factors.start(w_plus, w_minus), zeros, zeros.clone())
+        return cls.of(Factors.start(w_plus, w_minus))
+
+    @classmethod
+    def of(cls, factors: Factors) -> "DiagonalState":
+        """The state that lies in the given factors, sharing memory with them."""
+        return cls(factors, factors.square_sum, factors.largest_step)
 
     def clone(self) -> "DiagonalState":
         """A copy that shares no memory."""

@@ -34,7 +34,7 @@ def floors(dtype: torch.dtype) -> tuple[float, float]:
 
 @dataclass
 class Factors:
-    """w+, w- and what their steps have accumulated; every tensor has the shape of the factors.
+    """w+, w- and what their steps have accumulated; tensors of the factors' shape (..., D), or (...) where it says so.
 
     `w_plus`, `w_minus` are in the network's dtype; all else is float64 (exponents int64), because a float32 product is
     wrong where x is near 1.
@@ -50,6 +50,8 @@ class Factors:
     log_decay: Tensor  # of ln(1 - c)
     initial_plus: Tensor  # w+ before the first step
     initial_minus: Tensor
+    square_sum: Tensor  # of |x|^2, (...)
+    largest_step: Tensor  # of |x_j| over steps and coordinates, (...)
 
     @classmethod
     def start(cls, w_plus: Tensor, w_minus: Tensor) -> "Factors":
@@ -60,7 +62,7 @@ class Factors:
         exponents = torch.zeros(shape, dtype=torch.int64, device=device)
         return cls(
             w_plus, w_minus, ones, ones.clone(), exponents, exponents.clone(), zeros, zeros.clone(),
-            w_plus.double().clone(), w_minus.double().clone(),
+            w_plus.double().clone(), w_minus.double().clone(), zeros.sum(-1), zeros.sum(-1),
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Factors":
@@ -89,6 +91,9 @@ class Factors:
         self.product_plus.mul_(down)
         self.product_minus.mul_(up)
         self.step_sum.add_(x)
+        size = x.abs()
+        self.square_sum.add_((size * size).sum(-1))
+        self.largest_step.copy_(torch.maximum(self.largest_step, size.amax(-1)))
         if decay is not None:
             self.log_decay.add_(torch.log(decay.double()))
 
@@ -140,6 +145,10 @@ class Factors:
     def gain_minus(self) -> Tensor:
         """Sum of q-(x) = 2 x - ln (1 + x)^2."""
         return 2 * (self.step_sum - self.log_minus())
+
+    def imbalance(self) -> Tensor:
+        """u^2 - v^2 = 2 w+ w- of the present factors."""
+        return 2 * self.w_plus.double() * self.w_minus.double()
 
     def effective_init(self) -> Tensor:
         """alpha_k, with alpha_k^2 = |w+(0) w-(0)| prod (1 - c)^2 exp(-Gain); 0 once below floating point."""

@@ -35,9 +35,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, callbacks
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -46,6 +44,7 @@ from dlnlab.data.base import Problems, refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
+from dlnlab.models.trainer import count_steps, next_event_of, refuse_what_chunks_cannot_honour
 from dlnlab.optim import GainSGD
 from dlnlab.schedule import Schedule
 
@@ -283,7 +282,7 @@ class LinearNetwork(LightningModule):
         self._group_members()
         self.unit = LR_UNITS[self.lr_unit](self.problems)[self.problem_index]
         if stage == "fit":
-            _refuse_what_manual_optimization_cannot_honour(self.trainer)
+            refuse_what_chunks_cannot_honour(self.trainer)
             if type(self).configure_optimizers is not LinearNetwork.configure_optimizers:
                 raise ValueError(
                     f"{type(self).__name__}.configure_optimizers: its optimizer and schedulers would not be used; "
@@ -462,14 +461,14 @@ class LinearNetwork(LightningModule):
         began = time.perf_counter()
         taken = self.advance(step, self._next_event(step) - step)
         self._seconds_per_step = (time.perf_counter() - began) / max(taken, 1)
-        _count_steps(self.trainer, taken)
+        count_steps(self.trainer, taken)
 
     def _next_event(self, step: int) -> int:
         """The first step after `step` at which someone wants to look."""
         trainer = self.trainer
         events = [trainer.max_steps] if trainer.max_steps > 0 else [step + 1]
         for callback in trainer.callbacks:
-            events.append(_next_event_of(callback, step))
+            events.append(next_event_of(callback, step))
         if trainer.loggers and trainer.log_every_n_steps:
             events.append(step - step % trainer.log_every_n_steps + trainer.log_every_n_steps)
         end = min(event for event in events if event is not None)
@@ -546,6 +545,13 @@ class LinearNetwork(LightningModule):
                     state[f"optimizer.{i}.{name}"] = value
         return state
 
+    @property
+    def guard_tol(self) -> float:
+        """The loss below which a member has converged."""
+        if self.guard.tol is not None:
+            return self.guard.tol
+        return 1e-20 if self.number_type == torch.float64 else 1e-12
+
     def on_train_start(self) -> None:
         """See `begin`."""
         self.begin(self.trainer.global_step)
@@ -561,14 +567,11 @@ class LinearNetwork(LightningModule):
         members = self.running
         if len(members) == 0:
             return
-        tol = self.guard.tol
-        if tol is None:
-            tol = 1e-20 if self.number_type == torch.float64 else 1e-12
         losses = self.full_losses(members)
         bad = ~(losses <= self.guard.bound)  # NaN compares false
         for parameter in self.parameters():
             bad |= ~(parameter[members].abs() <= self.guard.bound).flatten(1).all(1)
-        converged = (losses < tol) & ~bad
+        converged = (losses < self.guard_tol) & ~bad
         state = self.member_state()
         if not self._kept:
             self._kept = {name: value.clone() for name, value in state.items()}
@@ -722,79 +725,3 @@ LR_UNITS: dict[str, Callable[[Problems], Tensor]] = {
 def _plain_if_equal(given: dict[str, Tensor]) -> dict[str, Any]:
     """A number where all members agree: torch's own optimizers take no vectors."""
     return {name: float(value[0]) if len(set(value.tolist())) == 1 else value for name, value in given.items()}
-
-
-def _next_event_of(callback: Callback, step: int) -> int | None:
-    if hasattr(callback, "next_event"):
-        return callback.next_event(step)
-    for name in ("every_n_steps", "every_n_train_steps", "_every_n_train_steps"):
-        period = getattr(callback, name, None)
-        if isinstance(period, int) and period > 0:
-            return step - step % period + period
-    return None
-
-
-def _count_steps(trainer: Any, k: int) -> None:
-    """Tell Lightning that k optimizer steps were taken: the only place that touches its private counters.
-
-    `optim_step_progress` is what `trainer.global_step` reads in manual optimization; `_batches_that_stepped` is the x
-    axis of `self.log`, to which the loop itself adds the last one.
-    """
-    epoch_loop = trainer.fit_loop.epoch_loop
-    try:
-        epoch_loop.manual_optimization.optim_step_progress.increment_by(k)
-        epoch_loop._batches_that_stepped += k - 1
-    except AttributeError as error:
-        raise RuntimeError("this version of lightning keeps its step counters elsewhere: dlnlab needs 2.6") from error
-
-
-def _refuse_what_manual_optimization_cannot_honour(trainer: Trainer) -> None:
-    """Raise ValueError for trainer options that would silently do nothing, or something else."""
-    if trainer.max_steps < 1:
-        raise ValueError("trainer.max_steps: must be given, the number of optimizer steps")
-    checks.integer("trainer.max_steps", trainer.max_steps)
-    no_epochs = "a fit has no epochs and its batches are chunks of steps: only trainer.max_steps says how long it is"
-    refused = {
-        "gradient_clip_val": (trainer.gradient_clip_val, "clipping would couple the members; use a smaller lr"),
-        "accumulate_grad_batches": (trainer.accumulate_grad_batches != 1, "use the model's batch_size"),
-        "precision": (trainer.precision != "32-true", "use the model's dtype, float64 or float32"),
-        "num_nodes": (trainer.num_nodes != 1, "one device for one fit; run parts of the ensemble as fits of their own"),
-        "devices": (trainer.world_size != 1, "one device for one fit; run parts of the ensemble as fits of their own"),
-        "strategy": (not isinstance(trainer.strategy, SingleDeviceStrategy), "members share one device; leave it out"),
-        "fast_dev_run": (trainer.fast_dev_run, "it counts chunks, not steps; use --trainer.max_steps 10"),
-        "overfit_batches": (trainer.overfit_batches, no_epochs),
-        "limit_train_batches": (trainer.limit_train_batches not in (None, 1.0), no_epochs),
-        "max_epochs": (trainer.max_epochs not in (None, -1), no_epochs),
-        "min_epochs": (trainer.min_epochs, no_epochs),
-        "min_steps": (trainer.min_steps, "a fit ends when no member is running; guard.tol: 0 lets them go on"),
-        "val_check_interval": (trainer.val_check_interval not in (None, 1.0),
-                               "it counts chunks, not steps; use a measurement's every_n_steps"),
-        "check_val_every_n_epoch": (trainer.check_val_every_n_epoch != 1, no_epochs),
-        "reload_dataloaders_every_n_epochs": (trainer.reload_dataloaders_every_n_epochs, no_epochs),
-        "detect_anomaly": (trainer._detect_anomaly, "one diverging member would end the fit of all; see guard.bound"),
-        "barebones": (trainer.barebones, "use logger: false, enable_checkpointing: false"),
-    }  # fmt: skip
-    for name, (given, advice) in refused.items():
-        if given:
-            raise ValueError(f"trainer.{name}: {advice}")
-    if trainer.log_every_n_steps:
-        checks.integer("trainer.log_every_n_steps", trainer.log_every_n_steps)
-    for callback in trainer.callbacks:
-        if isinstance(callback, _REFUSED_CALLBACKS):
-            raise ValueError(f"trainer.callbacks: {type(callback).__name__} has no effect here: {no_epochs}")
-        if isinstance(callback, ModelCheckpoint) and not (
-            callback._every_n_train_steps or callback._train_time_interval
-        ):
-            raise ValueError(f"trainer.callbacks: {type(callback).__name__} needs every_n_train_steps: {no_epochs}")
-
-
-_REFUSED_CALLBACKS = (
-    callbacks.BatchSizeFinder,
-    callbacks.EarlyStopping,
-    callbacks.GradientAccumulationScheduler,
-    callbacks.LearningRateFinder,
-    callbacks.LearningRateMonitor,
-    callbacks.StochasticWeightAveraging,
-    callbacks.WeightAveraging,
-)
-"""Lightning's callbacks that act at ends of epochs, or on one learning rate or one batch size."""

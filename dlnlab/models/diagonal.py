@@ -1,13 +1,14 @@
 """The diagonal linear network, x -> <u*v, x>."""
 
+import os
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dlnlab import checks
-from dlnlab.kernels import diagonal_steps
+from dlnlab import checks, streams
+from dlnlab.kernels import Factors, diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
 
@@ -42,6 +43,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         for value in self.per_member("init_scale"):
             for entry in value if isinstance(value, list | tuple) else [value]:
                 checks.positive("init_scale", entry)
+        self._kernel: Any = None
         if dim is not None:
             self.build(dim, None)
 
@@ -85,6 +87,8 @@ class DiagonalLinearNetwork(LinearNetwork):
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
     ) -> tuple[int, dict[str, Tensor]]:
         """Gradient descent in w+, w- without autograd; see `LinearNetwork.advance_closed_form`."""
+        if self.device.type == "cpu" and len(self.running) and all(name in self._recordable() for name in variables):
+            return self._advance_compiled(k, record_steps, variables, guard)
         start = step = self._optimizer.num_steps
         end, records, due = start + k, [], set(record_steps)
         running = self.running
@@ -102,6 +106,73 @@ class DiagonalLinearNetwork(LinearNetwork):
             if len(running) == 0:
                 break
         return step - start, stack_records(records)
+
+    # The compiled kernel ----------------------------------------------------------------------------------------------
+
+    def _advance_compiled(
+        self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
+    ) -> tuple[int, dict[str, Tensor]]:
+        """The same in one call of the CPU kernel, guard and records included."""
+        from dlnlab.kernels import cpu  # brings numba, which only a fit needs
+
+        optimizer = self._optimizer
+        group, start = optimizer.pairs[0], optimizer.num_steps
+        if self._kernel is None:
+            self._kernel = cpu.DiagonalKernel(self.problems.x, self.problems.y)
+        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
+        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
+        batches = cpu.Batches(
+            torch.tensor(sizes), torch.tensor(sampling), self._sampling_keys, self._noise_keys, self._noise_std
+        )
+        lr, kappa = (
+            torch.as_tensor(group[name], dtype=self.number_type).expand(self.num_members)
+            for name in ("lr", "weight_decay")
+        )
+        rule = None
+        if guard is not None:
+            self.begin(start)
+            kept = {name.rpartition(".")[2]: value for name, value in self._kept.items()}
+            rule = cpu.Guard(self.guard_tol, guard.bound, guard.every_n_steps, cpu.DiagonalState.of(Factors(**kept)))
+        state = cpu.DiagonalState.of(optimizer.factors(group))
+        records = cpu.Records.allocate(record_steps, state, everything=not _PREDICTOR_ONLY.issuperset(variables))
+        taken = self._kernel.advance(
+            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, batches, start,
+            start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
+        )  # fmt: skip
+        optimizer.num_steps += taken
+        reached = sum(step <= start + taken for step in record_steps)
+        return taken, self._recorded(records, reached, variables, lr)
+
+    def _recordable(self) -> set[str]:
+        """The variables that follow from what the kernel records."""
+        return {*_PREDICTOR_ONLY, *_OF_FACTORS} if type(self).variables is LinearNetwork.variables else set()
+
+    def _recorded(self, records: Any, reached: int, variables: tuple[str, ...], lr: Tensor) -> dict[str, Tensor]:
+        """The kernel's records of the steps it has reached -> variables (T, E, ...)."""
+        w_plus, w_minus = records.w_plus[:reached], records.w_minus[:reached]
+        beta = (w_plus.square() - w_minus.square()) / 2
+        values = {"status": records.status[:reached]}
+        for name in variables:
+            if name == "beta":
+                values[name] = beta
+            elif name == "train_loss":
+                values[name] = records.train_loss[:reached]
+            elif name == "time":
+                values[name] = records.steps[:reached, None] * lr.double()
+            elif name == "distance":
+                values[name] = (beta - self.problems.teacher[self.problem_index]).square().sum(-1)
+            elif name == "test_loss":
+                batch = self.full_batch(test=True)
+                rows = [(batch.predictions(row) - batch.targets).square().mean(-1) / 2 for row in beta]
+                values[name] = torch.stack(rows) if rows else beta[..., 0]
+            else:
+                factors = records.state.factors.map(lambda tensor: tensor[:reached])
+                now = self._optimizer.factors(self._optimizer.pairs[0])
+                factors.initial_plus, factors.initial_minus = now.initial_plus, now.initial_minus
+                values[name] = _OF_FACTORS[name](factors)
+        return values
+
+    # The reference ----------------------------------------------------------------------------------------------------
 
     def _advance_members(self, members: Tensor, start: int, stop: int) -> None:
         """Take the steps start, ..., stop - 1 with the given members; the others stay as they are."""
@@ -158,6 +229,22 @@ class DiagonalLinearNetwork(LinearNetwork):
             return (residual[:, None] @ x).squeeze(1) / size
 
         return gradient
+
+
+_PREDICTOR_ONLY = {"train_loss", "test_loss", "distance", "beta", "time"}
+_OF_FACTORS = {
+    "gain": Factors.gain,
+    "gain_plus": Factors.gain_plus,
+    "gain_minus": Factors.gain_minus,
+    "effective_init": Factors.effective_init,
+    "imbalance": Factors.imbalance,
+}
+
+
+def _num_threads() -> int:
+    """Threads that share the members: what OMP_NUM_THREADS says, else every processor this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -75,7 +75,10 @@ class GainSGD(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name, low in (("lr", math.nextafter(0.0, 1.0)), ("weight_decay", 0.0)):
-            values = torch.as_tensor(group[name], dtype=torch.float64)
+            try:
+                values = torch.as_tensor(group[name], dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{name} = {checks.shown(group[name])}: must be a number, or one per member") from None
             for i, value in enumerate(values.flatten().tolist()):
                 where = name if values.ndim == 0 else f"{name}[{i}]"
                 if not (low <= value < math.inf):
@@ -189,7 +192,7 @@ class GainSGD(Optimizer):
     @property
     def imbalance(self) -> Any:
         """u^2 - v^2 = 2 w+ w- of the present factors, likewise."""
-        return self._of_pairs(lambda factors: 2 * factors.w_plus.double() * factors.w_minus.double(), "imbalance")
+        return self._of_pairs(Factors.imbalance, "imbalance")
 
     @property
     def time(self) -> Any:

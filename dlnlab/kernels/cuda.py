@@ -1,0 +1,250 @@
+"""Many steps of the diagonal linear network in one call, on a CUDA device.
+
+    if refusal(x.device, dim) is None:                    # else the torch steps of `dlnlab.kernels.reference`
+        kernel = DiagonalKernel(x, y)
+        taken = kernel.advance(state, lr, None, problem, batches, start=0, stop=10_000)
+
+It means the same as `dlnlab.kernels.cpu`, and takes the same state, batches, guard and records, on the device: integers
+are equal, numbers agree to rounding, and a member's bits depend neither on the ensemble nor its order nor on where calls
+begin and end.
+
+**Checked in Triton's interpreter, and compiled for sm_90; it has not run on a GPU.** Under TRITON_INTERPRET=1 the same
+kernel runs on CPU tensors, slowly.
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlnlab.kernels.cpu import Batches, DiagonalState, Guard, Records
+from dlnlab.kernels.factors import PERIOD, floors
+from dlnlab.streams import SAMPLINGS
+
+if TYPE_CHECKING:
+    from dlnlab.kernels import cuda_steps
+
+MAX_DIM = 4096
+"""More coordinates do not fit into one program's registers."""
+VALUES = 8
+"""Coordinates a thread holds, of each of seven arrays: more take more registers than it has, fewer more exchanges between
+threads and more reads of x."""
+REGISTERS = 168
+"""Of a thread, so that twelve warps share a multiprocessor; the loop over rows needs no more, the rest of a step spills a
+little."""
+LAUNCH_SECONDS = 0.2
+"""What a launch aims at, so that the device stays free for others and a signal is answered."""
+_RATE = 1e12
+"""Multiply-adds per second for that estimate, cautiously; and the least time of one row of one step."""
+_ROW_SECONDS = 1e-7
+
+
+@cache
+def _missing() -> str | None:
+    """What Triton lacks here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not interpreted() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler (install gcc, or set CC)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(device: torch.device | str, dim: int) -> str | None:
+    """Why the kernel cannot run, in a line, or None if it can.
+
+    Args:
+        device: Where the members are.
+        dim: D.
+    """
+    device = torch.device(device)
+    if device.type != ("cpu" if interpreted() else "cuda"):
+        return f"the CUDA kernel does not run on {device.type} tensors"
+    if dim > MAX_DIM:
+        return f"the CUDA kernel has room for {MAX_DIM} features, the data have {dim}"
+    return _missing()
+
+
+def layout(dim: int) -> tuple[int, int, int]:
+    """How a block is laid out; a function of D alone, because it decides the order of sums.
+
+    Returns:
+        Columns (D padded), lanes (members of a block) and warps.
+    """
+    columns = max(4, 1 << (dim - 1).bit_length())
+    lanes = max(1, 32 * VALUES // columns)
+    return columns, lanes, max(1, columns * lanes // (32 * VALUES))
+
+
+def registers(warps: int) -> int:
+    """What a thread gets at most: all warps of a block share 65,536."""
+    return min(REGISTERS, 2048 // warps)
+
+
+class DiagonalKernel:
+    """Trajectories of diagonal linear networks on P problems.
+
+    Args:
+        x: Inputs (P, N, D), float64 or float32, on the device.
+        y: Targets (P, N).
+
+    Raises:
+        ValueError: If the kernel cannot run there (`refusal`).
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        problems, self.num_samples, self.dim = x.shape
+        reason = refusal(x.device, self.dim)
+        if reason is not None:
+            raise ValueError(reason)
+        from dlnlab.kernels import cuda_steps  # triton takes seconds to import, and is optional
+
+        self._steps = cuda_steps
+        self.columns, self.lanes, self.warps = layout(self.dim)
+        padded = x.new_zeros(problems, self.num_samples, self.columns)
+        padded[..., : self.dim] = x
+        self._problems = cuda_steps.Problems(padded, y.contiguous())
+
+    def advance(
+        self,
+        state: DiagonalState,
+        lr: Tensor,
+        decay: Tensor | None,
+        problem: Tensor,
+        batches: Batches,
+        start: int,
+        stop: int,
+        status: Tensor | None = None,
+        stopped_at: Tensor | None = None,
+        guard: Guard | None = None,
+        records: Records | None = None,
+        num_threads: int = 1,
+    ) -> int:
+        """Take the running members from step `start` to step `stop`, in place.
+
+        Args:
+            state: The members' state; contiguous tensors on the device. A member's decay is the same in all coordinates.
+            lr: Step sizes (E,).
+            decay: 1 - 2 lr weight_decay (E,), or None without weight decay.
+            problem: Which problem each member has, int64 (E,).
+            batches: What they see.
+            start: The first step.
+            stop: The step after the last.
+            status: 0 running, 1 converged, 2 diverged, int8 (E,), changed by the guard; None if all run.
+            stopped_at: Where members stopped, int64 (E,), likewise.
+            guard: When members stop; None for never.
+            records: What to write at steps in (start, stop]; a stopped member's state is repeated. A step that has both
+                a check and a record is checked first.
+            num_threads: The CPU kernel's; has no meaning here.
+
+        Returns:
+            The steps taken: stop - start, or fewer if the last running member stopped at a check before.
+        """
+        kind, device, steps = state.factors.w_plus.dtype, state.factors.w_plus.device, self._steps
+        if status is None:
+            status = torch.zeros(len(lr), dtype=torch.int8, device=device)
+        if stopped_at is None:
+            stopped_at = torch.full((len(lr),), -1, dtype=torch.int64, device=device)
+        lr = lr.to(kind)
+        decay = torch.ones_like(lr) if decay is None else decay.to(kind)
+        size = torch.where(batches.size == 0, self.num_samples, batches.size)
+        members = steps.Members(
+            (lr / decay / size).to(kind), decay, problem.contiguous(), size, batches.sampling.contiguous(),
+            batches.sampling_key.contiguous(), batches.noise_key.contiguous(), batches.noise_std.double(),
+            status, stopped_at,
+        )  # fmt: skip
+        home = self._state(state)
+        kept = home if guard is None else self._state(guard.kept)
+        tol, bound, every = (0.0, 0.0, 2**62) if guard is None else (guard.tol, guard.bound, guard.every_n_steps)
+        floor, near = floors(kind)
+        reals = torch.tensor((tol, bound, floor, near, math.log(floor)), dtype=torch.float64, device=device)
+        due = [] if records is None else records.steps.tolist()
+        room_to_write = self._records(records, home, members)
+        everything = records is not None and records.state is not None
+        lasts = []
+        for sampled, noisy, table, rows in self._blocks(status, problem, batches, with_stopped=bool(due)):
+            blocks, room = len(table), max(rows, steps.ROWS.value)
+            memory = steps.Memory(
+                torch.empty(blocks * room * self.lanes if sampled else 1, dtype=torch.int32, device=device),
+                torch.empty(blocks * self.num_samples * self.lanes if sampled else 1, dtype=torch.int32, device=device),
+                torch.full((blocks,), start, device=device),
+            )
+            for begin, end in self._launches(start, stop, blocks, rows):
+                integers = torch.tensor((
+                    begin, end, every, bisect_right(due, begin), bisect_right(due, end), everything, self.num_samples,
+                    self.dim, len(lr), room,
+                ))  # fmt: skip
+                with torch.cuda.device_of(home.w_plus):  # Triton launches on the current device
+                    steps.advance[(blocks,)](
+                        table.to(device), members, self._problems, home, kept, room_to_write, memory,
+                        steps.Plan(integers.to(device), reals),
+                        SAMPLED=sampled, NOISY=noisy, COLUMNS=self.columns, LANES=self.lanes, num_warps=self.warps,
+                        maxnreg=registers(self.warps), enable_fp_fusion=True,  # Triton's default is about to change
+                    )  # fmt: skip
+            lasts.append(memory.last.max())
+        return max([int(last) - start for last in lasts], default=0)
+
+    def _state(self, state: DiagonalState) -> "cuda_steps.State":
+        """A state for the kernel."""
+        sums = {"square_sum": state.square_sum, "largest_step": state.largest_step}
+        tensors = {**vars(state.factors), **sums}
+        for name, tensor in tensors.items():  # aligned: there is another compiled kernel for what is not
+            assert tensor.is_contiguous() and tensor.data_ptr() % 16 == 0, f"{name} is part of another tensor"
+        return self._steps.State(**tensors)
+
+    def _records(
+        self, records: Records | None, home: "cuda_steps.State", members: "cuda_steps.Members"
+    ) -> "cuda_steps.Records":
+        """Records for the kernel; what is not asked for is never written, and has any tensor of the right type."""
+        if records is None:
+            return self._steps.Records(members.stopped_at, home, home.w_plus, members.status)
+        if records.state is None:
+            state = home._replace(w_plus=records.w_plus, w_minus=records.w_minus)
+        else:
+            state = self._state(records.state)
+        return self._steps.Records(records.steps.to(home.w_plus.device), state, records.train_loss, records.status)
+
+    def _blocks(
+        self, status: Tensor, problem: Tensor, batches: Batches, with_stopped: bool
+    ) -> Iterator[tuple[bool, bool, Tensor, int]]:
+        """Members that run together, as (blocks, lanes) with -1 for none, for each of the four compiled kernels.
+
+        What a member's kernel and block are like depends on the member alone, or its bits would depend on the others.
+
+        Yields:
+            Whether batches are drawn; whether labels are noisy; the blocks; the most rows of a step.
+        """
+        size, sampling, problem = (tensor.cpu().numpy() for tensor in (batches.size, batches.sampling, problem))
+        chosen = np.arange(len(size)) if with_stopped else np.flatnonzero(status.cpu().numpy() == 0)
+        noisy = (batches.noise_std > 0).cpu().numpy()
+        for drawn, noise in product((False, True), repeat=2):
+            kind = chosen[((size[chosen] > 0) == drawn) & (noisy[chosen] == noise)]
+            if len(kind) == 0:
+                continue
+            key = (size * len(SAMPLINGS) + sampling if drawn else np.zeros_like(size))[kind]
+            order = np.lexsort((problem[kind], key))  # neighbours share a problem, and with it the cache
+            kind, key = kind[order], key[order]
+            groups = np.split(kind, np.flatnonzero(np.diff(key)) + 1)
+            padded = [np.pad(group, (0, -len(group) % self.lanes), constant_values=-1) for group in groups]
+            table = torch.from_numpy(np.concatenate(padded).reshape(-1, self.lanes))
+            yield drawn, noise, table, int(size[kind].max()) if drawn else self.num_samples
+
+    def _launches(self, start: int, stop: int, blocks: int, rows: int) -> Iterator[tuple[int, int]]:
+        """The steps cut into launches of about `LAUNCH_SECONDS`; no result depends on where."""
+        seconds = rows * max(_ROW_SECONDS, 2 * blocks * self.lanes * self.columns / _RATE)
+        length = max(PERIOD, int(LAUNCH_SECONDS / seconds))
+        for begin in range(start, stop, length):
+            yield begin, min(begin + length, stop)

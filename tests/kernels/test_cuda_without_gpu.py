@@ -1,0 +1,111 @@
+"""What can be seen of the CUDA kernel without a device: that it runs in the interpreter, compiles, and refuses clearly."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cpu import make
+
+from dlnlab.kernels import cuda
+from dlnlab.kernels.cpu import Guard, Records
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+def test_all_tests_of_the_kernel_pass_in_tritons_interpreter():
+    # In a process of its own: triton reads the variable when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_cuda.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+class H200:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The kernels that calls of `advance` would launch on an H200, compiled by Triton and NVIDIA's assembler."""
+    from triton.runtime import driver
+
+    from dlnlab.kernels import cuda_steps
+
+    kernel, made = cuda_steps.advance, []
+
+    class CompileOnly:
+        def __getitem__(self, grid):
+            return lambda *args, **options: made.append(kernel.warmup(*args, grid=grid, **options))
+
+    monkeypatch.setattr(cuda_steps, "advance", CompileOnly())
+    monkeypatch.setattr(cuda, "refusal", lambda device, dim: None)
+    kernel.device_caches.clear()
+    monkeypatch.setattr(driver, "_active", H200())
+    yield made
+    kernel.device_caches.clear()  # nothing of this for the real device
+
+
+def advance(setting, start, stop, **options):
+    cuda.DiagonalKernel(setting.x, setting.y).advance(
+        setting.state, setting.lr, setting.decay, setting.problem, setting.batches, start, stop, **options
+    )
+
+
+@needs_triton
+def test_one_kernel_for_an_h200_serves_every_ensemble_chunk_guard_and_record(compiled):
+    # Integers that are 1 or divisible by 16, and tensors of other types, would each have a kernel and bits of their own.
+    for num_members, n, start, stop in ((1, 20, 0, 1), (16, 16, 2**33, 2**33 + 64)):
+        setting = make(num_members=num_members, n=n, d=30)
+        advance(setting, start, stop)
+        guard = Guard(0.0, 1e10, 16, setting.state.clone())
+        for everything in (False, True):
+            advance(setting, start, stop, guard=guard, records=Records.allocate([stop], setting.state, everything))
+    assert len(compiled) == 6
+    assert len({kernel.hash for kernel in compiled}) == 1
+    # The one layout of tensors (coordinates, members), on which the cost of a sum over coordinates depends.
+    layouts = [line for line in compiled[0].asm["ttgir"].splitlines() if line.startswith("#blocked")]
+    assert "threadsPerWarp = [4, 8]" in layouts[0]
+    assert not any("sizePerThread = [1, 2]" in line or "sizePerThread = [2" in line for line in layouts)
+    assert len(compiled[0].asm["cubin"]) > 0
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [3, 30, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_all_four_kernels_compile_for_an_h200(dim, dtype, compiled):
+    advance(make(num_members=4, n=20, d=dim, dtype=dtype, sizes=(0, 1, 0, 1), noise=(0.0, 0.0, 0.1, 0.1)), 0, 1)
+    assert len({kernel.hash for kernel in compiled}) == 4
+
+
+def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):
+    assert cuda.refusal("cpu", 30) == "the CUDA kernel does not run on cpu tensors"
+    assert "4096 features" in cuda.refusal("cuda", 5000)
+    with pytest.raises(ValueError, match="does not run on cpu tensors"):
+        cuda.DiagonalKernel(torch.zeros(1, 2, 3), torch.zeros(1, 2))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cuda._missing.cache_clear()
+    assert cuda.refusal("cuda", 30) == "triton is not installed (pip install triton)"
+    cuda._missing.cache_clear()
+
+
+def test_the_interface_imports_without_triton():
+    blocked = "import sys; sys.modules['triton'] = None; import dlnlab.kernels.cuda"
+    subprocess.run([sys.executable, "-c", blocked], check=True, timeout=120)
