@@ -88,6 +88,15 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             self._kernel = kernels.diagonal_kernel(self.problems.x, self.problems.y)
+            sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
+            sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
+            self._batches = kernels.Batches(
+                torch.tensor(sizes, device=self.device),
+                torch.tensor(sampling, device=self.device),
+                self._sampling_keys,
+                self._noise_keys,
+                self._noise_std,
+            )
         return self._kernel
 
     @property
@@ -135,15 +144,6 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The same in one call of the device's kernel, guard and records included."""
         optimizer = self._optimizer
         group, start = optimizer.pairs[0], optimizer.num_steps
-        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
-        batches = kernels.Batches(
-            torch.tensor(sizes, device=self.device),
-            torch.tensor(sampling, device=self.device),
-            self._sampling_keys,
-            self._noise_keys,
-            self._noise_std,
-        )
         lr, kappa = (
             torch.as_tensor(group[name], dtype=self.number_type, device=self.device).expand(self.num_members)
             for name in ("lr", "weight_decay")
@@ -158,7 +158,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         state = kernels.DiagonalState.of(optimizer.factors(group))
         records = kernels.Records.allocate(record_steps, state, everything=not _PREDICTOR_ONLY.issuperset(variables))
         taken = self.kernel.advance(
-            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, batches, start,
+            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
             start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
