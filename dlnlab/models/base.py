@@ -152,7 +152,7 @@ class LinearNetwork(LightningModule):
         """Set by the recorder: the steps at which `record_variables` are taken, inside chunks."""
         self.record_variables: tuple[str, ...] = ()
         self.problems: Problems | None = None
-        self._records: list[tuple[int, dict[str, Tensor]]] = []
+        self._records: list[tuple[list[int], dict[str, Tensor]]] = []
         self._kept: dict[str, Tensor] = {}
         self._optimizer: Optimizer | None = None
         self._fitted_by: Any = None
@@ -494,8 +494,8 @@ class LinearNetwork(LightningModule):
         else:
             taken, records = self._advance_generic(step, k, record_steps)
         reached = [s for s in record_steps if s <= step + taken]
-        for i, at in enumerate(reached):
-            self._records.append((at, {name: values[i] for name, values in records.items()}))
+        if reached:
+            self._records.append((reached, records))
         return taken
 
     def _advance_generic(self, step: int, k: int, record_steps: list[int]) -> tuple[int, dict[str, Tensor]]:
@@ -518,8 +518,8 @@ class LinearNetwork(LightningModule):
                 break
         return now + 1 - step, stack_records(records)
 
-    def take_records(self) -> list[tuple[int, dict[str, Tensor]]]:
-        """Hand over what was recorded since the last call: (step, {name: (E, ...)})."""
+    def take_records(self) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """Hand over what was recorded since the last call: (T steps, {name: (T, E, ...)})."""
         records, self._records = self._records, []
         return records
 
