@@ -47,6 +47,11 @@ class DiagonalLinearNetwork(LinearNetwork):
         if dim is not None:
             self.build(dim, None)
 
+    def setup(self, stage: str) -> None:
+        """As every model; what the kernel keeps of the data is made anew."""
+        super().setup(stage)
+        self._kernel = None
+
     def build(self, num_features: int, num_outputs: int | None) -> None:
         """w+ = w- = alpha."""
         if num_outputs is not None:
@@ -118,12 +123,12 @@ class DiagonalLinearNetwork(LinearNetwork):
         optimizer = self._optimizer
         group, start = optimizer.pairs[0], optimizer.num_steps
         if self._kernel is None:
+            sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
+            sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
             self._kernel = cpu.DiagonalKernel(self.problems.x, self.problems.y)
-        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
-        batches = cpu.Batches(
-            torch.tensor(sizes), torch.tensor(sampling), self._sampling_keys, self._noise_keys, self._noise_std
-        )
+            self._batches = cpu.Batches(
+                torch.tensor(sizes), torch.tensor(sampling), self._sampling_keys, self._noise_keys, self._noise_std
+            )
         lr, kappa = (
             torch.as_tensor(group[name], dtype=self.number_type).expand(self.num_members)
             for name in ("lr", "weight_decay")
@@ -136,7 +141,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         state = cpu.DiagonalState.of(optimizer.factors(group))
         records = cpu.Records.allocate(record_steps, state, everything=not _PREDICTOR_ONLY.issuperset(variables))
         taken = self._kernel.advance(
-            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, batches, start,
+            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
             start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
