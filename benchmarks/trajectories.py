@@ -284,10 +284,13 @@ def seconds_per_step(run: Callable[[int], Any], steps: int, clock: Callable[[], 
     return (clock() - began) / (taken or steps)
 
 
-def steps_in(run: Callable[[int], Any], target: float) -> int:
-    """How many steps take about that many seconds."""
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio > 9.9 else f"{ratio:.2g}x"
+
+
+def steps_in(run: Callable[[int], Any], target: float, steps: int = 1) -> int:
+    """How many steps take about that many seconds, tried from `steps` on."""
     run(1)  # whatever happens only once
-    steps = 1
     while (took := seconds_per_step(run, steps) * steps) < 0.2 * target:
         steps *= 4 if took > 0.02 * target else 16
     return max(1, round(steps * target / took))
@@ -329,7 +332,12 @@ def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], 
         ):
             continue
         runs[name] = build(case)
-        steps[name] = steps_in(runs[name], seconds * (10 if "fit" in name else 1))
+        if name == FIT:
+            steps[name] = 10 * steps[KERNEL]
+        elif name == FIT_EVERY:
+            steps[name] = steps_in(runs[name], 10 * seconds, steps[KERNEL])
+        else:
+            steps[name] = steps_in(runs[name], seconds)
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -348,9 +356,9 @@ def table(cases: list[Case], measured: list[tuple[dict[str, float], dict[str, in
             if name not in ns:
                 cells.append("-")
                 continue
-            share = case.flops / ns[name] / peak
-            cells.append(f"{ns[name]:,.{0 if ns[name] > 99 else 1}f} ({ns[LEAN] / ns[name]:.2g}x, {share:.2g} %)")
-            cells[-1] = cells[-1].replace(f"{share:.2g} %", f"{100 * share:.2g} %")
+            share = 100 * case.flops / ns[name] / peak
+            number = f"{ns[name]:,.0f}" if ns[name] > 99 else f"{ns[name]:.1f}"
+            cells.append(f"{number} ({_times(ns[LEAN] / ns[name])}, {share:.2g} %)")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for name, what in ((FIT, "12 times a decade"), (FIT_EVERY, "every 100 steps")):
         shares = [f"{1 - ns[KERNEL] / ns[name]:.0%} of {steps[name]:,} steps" for ns, steps in measured]
@@ -379,7 +387,7 @@ def trajectories(quick: bool, folder: Path) -> None:
             measured.append(measure(case, rounds, seconds))
             print(f"({case.n}, {case.d}) E={case.members} b={case.batch_size or 'full'}", flush=True)
             for name, ns in measured[-1][0].items():
-                print(f"    {name:50} {ns:11,.1f} ns {measured[-1][0][LEAN] / ns:8.2g}x", flush=True)
+                print(f"    {name:50} {ns:11,.1f} ns {_times(measured[-1][0][LEAN] / ns):>8}", flush=True)
         lines += ["", f"## {title}", "", *table(cases, measured, peak)]
     write(folder / "trajectories.md", lines)
 
