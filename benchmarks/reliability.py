@@ -699,7 +699,7 @@ def _ensemble_with(model: type, axes: dict, step: int | None, member: int) -> di
         name: dataset[name].transpose("step", ..., "coordinate").values.reshape(len(dataset.step), 18, 5)
         for name in ("beta", "gain")
     }
-    state = {name: value.numpy() for name, value in network.member_state().items()}
+    state = {name: value.numpy().reshape(18, -1) for name, value in network.member_state().items()}
     return {**records, **state, "status": network.status.numpy()}
 
 

@@ -129,18 +129,15 @@ def _blocks(members: cpu_steps.Members, with_stopped: bool) -> np.ndarray:
     full = full[np.argsort(members.problem[full], kind="stable")]
     alone, blocks = [np.flatnonzero((with_stopped & ~running) | (running & (members.batch_size > 0)))], []
     for group in np.split(full, np.flatnonzero(np.diff(members.problem[full])) + 1):
-        for first in range(0, len(group), LANES):
-            block = group[first : first + LANES]
-            if len(block) < FEWEST_LANES:
-                alone.append(block)
-            else:
-                blocks.append(np.pad(block, (0, LANES - len(block)), constant_values=-1))
+        rest = len(group) % LANES
+        count = len(group) if rest >= FEWEST_LANES else len(group) - rest
+        alone.append(group[count:])
+        if count:
+            blocks.append(np.pad(group[:count], (0, -count % LANES), constant_values=-1).reshape(-1, LANES))
     single = np.concatenate(alone)
-    table = np.full((len(blocks) + len(single), LANES), -1)
-    for row, block in enumerate(blocks):
-        table[row] = block
-    table[len(blocks) :, 0] = single
-    return table
+    blocks.append(np.full((len(single), LANES), -1))
+    blocks[-1][:, 0] = single
+    return np.concatenate(blocks)
 
 
 def _arrays(state: DiagonalState) -> cpu_steps.State:

@@ -52,7 +52,9 @@ RUNNING, CONVERGED, DIVERGED = range(3)
 STATUSES = ("running", "converged", "diverged")
 
 _CHUNK_SECONDS = 0.1
-"""A chunk aims at no more than this, so that Ctrl-C, signals and the progress bar stay prompt."""
+"""A chunk aims at no more than this, so that Ctrl-C, signals and the progress bar stay prompt, ..."""
+_AMORTISED = 3
+"""... or at so many times the shortest one: what a chunk costs whatever its length must not be most of it."""
 _SAMPLED_STEPS = 64
 """Mini-batches are drawn this many steps at a time."""
 _COPIES = 16
@@ -156,7 +158,7 @@ class LinearNetwork(LightningModule):
         self._kept: dict[str, Tensor] = {}
         self._optimizer: Optimizer | None = None
         self._fitted_by: Any = None
-        self._seconds_per_step = 0.0
+        self._seconds_per_step, self._shortest_chunk = 0.0, math.inf
         self._sampled: dict[int, tuple[int, Tensor]] = {}
 
     # What a subclass writes ------------------------------------------------------------------------------------------
@@ -460,7 +462,8 @@ class LinearNetwork(LightningModule):
         step = self.trainer.global_step
         began = time.perf_counter()
         taken = self.advance(step, self._next_event(step) - step)
-        self._seconds_per_step = (time.perf_counter() - began) / max(taken, 1)
+        seconds = time.perf_counter() - began
+        self._seconds_per_step, self._shortest_chunk = seconds / max(taken, 1), min(self._shortest_chunk, seconds)
         count_steps(self.trainer, taken)
 
     def _next_event(self, step: int) -> int:
@@ -475,7 +478,8 @@ class LinearNetwork(LightningModule):
         if self.max_chunk is not None:
             return min(end, step + self.max_chunk)
         if self._seconds_per_step > 0:
-            end = min(end, step + max(1, round(_CHUNK_SECONDS / self._seconds_per_step)))
+            seconds = max(_CHUNK_SECONDS, _AMORTISED * self._shortest_chunk)
+            end = min(end, step + max(1, round(seconds / self._seconds_per_step)))
         else:
             end = min(end, step + 10)  # the first chunk measures how long a step takes
         return end

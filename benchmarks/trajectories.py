@@ -1,0 +1,498 @@
+"""What does one step of one member of the diagonal network cost, and how does the cost of a fit grow?
+
+    python benchmarks/trajectories.py             # writes benchmarks/results/trajectories.md; five minutes on one core
+    python benchmarks/trajectories.py --growth    # writes benchmarks/results/growth.md and growth.png; two minutes
+    python benchmarks/trajectories.py --quick     # a minute's worth less of either: does it run?
+
+Contenders of a case take turns, and the medians of their rounds are compared: on a shared machine trust the ratios only.
+Everybody has one thread and keeps the gain, but for torch's own optimizer.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+
+import dlnlab
+from dlnlab import Ensemble, streams
+from dlnlab.callbacks import MemberGuard, Recorder
+from dlnlab.data import SparseRegression
+from dlnlab.kernels import Batches, DiagonalState, Factors, Guard, Records, diagonal_steps
+from dlnlab.kernels.cpu import DiagonalKernel
+from dlnlab.models import DiagonalLinearNetwork
+
+ALPHA, EVERY = 0.1, 100
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NPROC": "1",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+}
+SIZES = [(20, 30, 1), (20, 30, 30), (20, 30, 1000), (40, 100, 100), (200, 1000, 1), (200, 1000, 100)]
+
+
+@dataclass
+class Case:
+    """E members on one problem (N, D), each row drawn with replacement where the batch size is 1, 0 the full batch."""
+
+    n: int
+    d: int
+    members: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        self.lr = 0.2 / self.d if self.batch_size else 0.05
+        data = self.data()
+        data.setup("fit")
+        self.x, self.y = data.problems.x[0].numpy(), data.problems.y[0].numpy()
+
+    def data(self) -> SparseRegression:
+        """The problem, as a fit takes it."""
+        return SparseRegression(self.n, self.d, num_test_samples=0)
+
+    @property
+    def flops(self) -> int:
+        """Of one step of one member: two matrix-vector products (one row's, for a batch of 1) and ten per coordinate."""
+        rows = self.batch_size or self.n
+        return 4 * rows * self.d + rows + 10 * self.d
+
+    @property
+    def row_of_step(self) -> Callable[[int], np.ndarray]:
+        """How many steps -> their rows."""
+        return partial(np.random.default_rng(0).integers, 0, self.n)
+
+
+# Contenders: each is built from a case and takes a number of steps ----------------------------------------------------
+
+
+def numpy_lean(case: Case) -> Callable[[int], None]:
+    """The shortest loop: u, v and the gain; rows drawn ahead."""
+    x, y, n, lr = case.x, case.y, case.n, case.lr
+
+    def run(steps: int) -> None:
+        u, v, gain = np.full(case.d, 2**0.5 * ALPHA), np.zeros(case.d), np.zeros(case.d)
+        for i in case.row_of_step(steps) if case.batch_size else range(steps):
+            if case.batch_size:
+                row = x[i]
+                step = lr * (row @ (u * v) - y[i]) * row
+            else:
+                step = lr * ((x @ (u * v) - y) @ x / n)
+            u, v = u - step * v, v - step * u
+            gain -= np.log(np.abs(1 - step * step))
+
+    return run
+
+
+def numpy_notebook(case: Case) -> Callable[[int], None]:
+    """As notebooks have it: rows by `rng.choice` each step, and the loss logged each step."""
+    rng, x, y = np.random.default_rng(0), case.x, case.y
+
+    def run(steps: int) -> None:
+        u, v, gain, losses = np.full(case.d, 2**0.5 * ALPHA), np.zeros(case.d), np.zeros(case.d), []
+        for _ in range(steps):
+            rows = rng.choice(case.n, case.batch_size, replace=False) if case.batch_size else slice(None)
+            xb, yb = x[rows], y[rows]
+            step = case.lr * xb.T @ (xb @ (u * v) - yb) / len(yb)
+            u, v = u - step * v, v - step * u
+            gain -= np.log(np.abs(1 - step**2))
+            losses.append(np.mean((x @ (u * v) - y) ** 2) / 2)
+
+    return run
+
+
+def torch_autograd(case: Case) -> Callable[[int], None]:
+    """One member with autograd and torch.optim.SGD, without the gain."""
+    x, y = torch.from_numpy(case.x), torch.from_numpy(case.y)
+
+    def run(steps: int) -> None:
+        u = torch.full((case.d,), 2**0.5 * ALPHA, dtype=torch.float64, requires_grad=True)
+        v = torch.zeros(case.d, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([u, v], lr=case.lr)
+        for i in case.row_of_step(steps).tolist():
+            xb, yb = (x[i : i + 1], y[i : i + 1]) if case.batch_size else (x, y)
+            optimizer.zero_grad()
+            (((xb @ (u * v)) - yb).square().mean() / 2).backward()
+            optimizer.step()
+
+    return run
+
+
+def torch_batched(case: Case) -> Callable[[int], None]:
+    """All members at once, in eager torch: `dlnlab.kernels.reference`; rows drawn ahead."""
+    x, y = torch.from_numpy(case.x), torch.from_numpy(case.y)
+    scaled = x / case.n
+    lr = torch.tensor(case.lr, dtype=torch.float64)
+
+    def run(steps: int) -> None:
+        w = torch.full((case.members, case.d), ALPHA, dtype=torch.float64)
+        rows = torch.randint(case.n, (min(steps, 1000), case.members))
+
+        def full(beta: torch.Tensor, step: int) -> torch.Tensor:
+            return (beta @ x.T).sub_(y) @ scaled
+
+        def sampled(beta: torch.Tensor, step: int) -> torch.Tensor:
+            row = rows[step % len(rows)]
+            xb = x[row]
+            return xb * (xb * beta).sum(-1).sub_(y[row])[:, None]
+
+        diagonal_steps(Factors.start(w, w.clone()), lr, None, sampled if case.batch_size else full, 0, steps)
+
+    return run
+
+
+def jax_scan(case: Case, product: bool) -> Callable[[int], None]:
+    """jit(scan(vmap)), the gain by a logarithm each step or by a product whose exponent is taken off every 32 steps.
+
+    Rows are drawn once, outside the measurement.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    x, y, n, lr, period = jnp.asarray(case.x), jnp.asarray(case.y), case.n, case.lr, 32
+    steps_per_call = period * max(1, min(300, int(1e7 / (case.members * case.flops))))
+
+    def step(state: tuple, i: Any) -> tuple:
+        u, v, gain = state
+        if case.batch_size:
+            row = x[i]
+            s = lr * (row @ (u * v) - y[i]) * row
+        else:
+            s = lr * ((x @ (u * v) - y) @ x / n)
+        factor = 1 - s * s
+        return u - s * v, v - s * u, gain * factor if product else gain - jnp.log(jnp.abs(factor))
+
+    def steps(state: tuple, rows: Any) -> tuple:
+        return jax.lax.scan(lambda now, row: (jax.vmap(step)(now, row), None), state, rows)[0]
+
+    def renormalised(carry: tuple, rows: Any) -> tuple:
+        (u, v, gain), exponent = steps(carry[0], rows), carry[1]
+        gain, more = jnp.frexp(gain)
+        return ((u, v, gain), exponent + more), None
+
+    shape = (case.members, case.d)
+    state = (jnp.full(shape, 2**0.5 * ALPHA), jnp.zeros(shape), jnp.ones(shape) if product else jnp.zeros(shape))
+    rows = jnp.asarray(case.row_of_step((steps_per_call, case.members)))
+    if product:
+        state = (state, jnp.zeros(shape, jnp.int32))
+        rows = rows.reshape(-1, period, case.members)
+        call = jax.jit(lambda state, rows: jax.lax.scan(renormalised, state, rows)[0])
+    else:
+        call = jax.jit(steps)
+    jax.block_until_ready(call(state, rows))  # compiles
+
+    def run(wanted: int) -> int:
+        now, calls = state, max(1, round(wanted / steps_per_call))
+        for _ in range(calls):
+            now = call(now, rows)
+        jax.block_until_ready(now)
+        return calls * steps_per_call
+
+    return run
+
+
+def kernel(case: Case, num_threads: int = 1) -> Callable[[int], None]:
+    """The bare kernel, with a check of every member and its loss recorded every 100 steps."""
+    engine = DiagonalKernel(torch.from_numpy(case.x)[None], torch.from_numpy(case.y)[None])
+    members = case.members
+    state = DiagonalState.start(*torch.full((2, members, case.d), ALPHA, dtype=torch.float64))
+    lr = torch.full((members,), case.lr, dtype=torch.float64)
+    problem = torch.zeros(members, dtype=torch.int64)
+    key = streams.keys(0, "sampling", torch.arange(members))
+    size = torch.full_like(problem, case.batch_size)
+    batches = Batches(size, problem, key, key, torch.zeros(members))
+    guard = Guard(0.0, 1e10, EVERY, state.clone())
+    now = 0
+
+    def run(steps: int) -> None:
+        nonlocal now
+        due = range(now - now % EVERY + EVERY, now + steps + 1, EVERY)
+        records = Records.allocate(due, state)
+        arguments = state, lr, None, problem, batches, now, now + steps
+        taken = engine.advance(*arguments, guard=guard, records=records, num_threads=num_threads)
+        assert taken == steps, "a member stopped: the rates would be wrong"
+        now += steps
+
+    run(1)  # compiles
+    return run
+
+
+def fit(case: Case, **record: Any) -> Callable[[int], None]:
+    """This project, through `Trainer.fit`: guard, records, result segments and TensorBoard."""
+
+    def run(steps: int) -> None:
+        lr = {"linear": [0.9 * case.lr, case.lr, case.members]} if case.members > 1 else case.lr
+        model = DiagonalLinearNetwork(ensemble=Ensemble(lr=lr), init_scale=ALPHA, batch_size=case.batch_size or "full")
+        recorder = Recorder(**record)
+        with tempfile.TemporaryDirectory() as folder:
+            recorder.directory = Path(folder)
+            off = dict.fromkeys(
+                ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+            )
+            trainer = Trainer(
+                max_steps=steps, callbacks=[MemberGuard(tol=0), recorder], accelerator="cpu", devices=1, **off
+            )
+            trainer.fit(model, case.data())
+        assert trainer.global_step == steps and not model.status.any(), "a member stopped: the rates would be wrong"
+
+    return run
+
+
+LEAN, KERNEL, FIT = "NumPy, lean", "dlnlab, the kernel alone", "dlnlab, `Trainer.fit`, recorded 12 times a decade"
+FIT_EVERY = "dlnlab, `Trainer.fit`, recorded every 100 steps"
+CONTENDERS: dict[str, Callable[[Case], Callable[[int], Any]]] = {
+    LEAN: numpy_lean,
+    "NumPy, as in notebooks": numpy_notebook,
+    "torch, autograd and optim.SGD, no gain": torch_autograd,
+    "torch, eager and batched": torch_batched,
+    "JAX jit(scan(vmap)), log": partial(jax_scan, product=False),
+    "JAX jit(scan(vmap)), product": partial(jax_scan, product=True),
+    KERNEL: kernel,
+    FIT: fit,
+    FIT_EVERY: partial(fit, every_n_steps=EVERY),
+}
+ALONE = (LEAN, "NumPy, as in notebooks", "torch, autograd and optim.SGD, no gain")
+"""Contenders that run one member whatever E is: more of them take as long each."""
+
+
+# Clocks ---------------------------------------------------------------------------------------------------------------
+
+
+def seconds_per_step(run: Callable[[int], Any], steps: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Processor time of one step; a contender that takes another number of steps returns it."""
+    began = clock()
+    taken = run(steps)
+    return (clock() - began) / (taken or steps)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio > 9.9 else f"{ratio:.2g}x"
+
+
+def steps_in(run: Callable[[int], Any], target: float, steps: int = 1) -> int:
+    """How many steps take about that many seconds, tried from `steps` on."""
+    run(1)  # whatever happens only once
+    while (took := seconds_per_step(run, steps) * steps) < 0.2 * target:
+        steps *= 4 if took > 0.02 * target else 16
+    return max(1, round(steps * target / took))
+
+
+def gemm_peak() -> float:
+    """GFLOP/s of the best of ten float64 matrix products of size 1024, on one thread."""
+    a, product = np.random.default_rng(0).standard_normal((1024, 1024)), np.empty((1024, 1024))
+    times = [seconds_per_step(lambda _: np.matmul(a, a, out=product) is None, 1) for _ in range(11)]
+    return 2e-9 * 1024**3 / min(times)
+
+
+def header(title: str, option: str = "") -> list[str]:
+    """Where and when it was measured."""
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "?")
+    packages = ("torch", "lightning", "numpy", "numba", "jax")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name))
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    return [
+        f"# {title}",
+        "",
+        f"Measured by `python benchmarks/trajectories.py{option}` on {time.strftime('%Y-%m-%d')}, one thread: {cpu}, "
+        f"{os.cpu_count()} shared cores, load {load}; dlnlab {dlnlab.__version__}, {versions}, "
+        f"Python {platform.python_version()}.",
+        "",
+    ]
+
+
+# One step of one member -----------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], dict[str, int]]:
+    """Nanoseconds per step of one member, and the steps of each contender's round; fits take ten times as long."""
+    runs, steps = {}, {}
+    for name, build in CONTENDERS.items():
+        if (name.startswith("JAX") and not find_spec("jax")) or (
+            name.startswith("torch, autograd") and case.members > 1
+        ):
+            continue
+        runs[name] = build(case)
+        if name == FIT:
+            steps[name] = 10 * steps[KERNEL]
+        elif name == FIT_EVERY:
+            steps[name] = steps_in(runs[name], 10 * seconds, steps[KERNEL])
+        else:
+            steps[name] = steps_in(runs[name], seconds)
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds_per_step(run, steps[name]))
+    members = {name: 1 if name in ALONE else case.members for name in runs}
+    return {name: 1e9 * statistics.median(found) / members[name] for name, found in times.items()}, steps
+
+
+def table(cases: list[Case], measured: list[tuple[dict[str, float], dict[str, int]]], peak: float) -> list[str]:
+    """Contenders down, cases across."""
+    lines = ["| | " + " | ".join(f"({case.n}, {case.d}) E={case.members}" for case in cases) + " |"]
+    lines.append("| --- |" + " ---: |" * len(cases))
+    for name in CONTENDERS:
+        cells = []
+        for case, (ns, _) in zip(cases, measured, strict=True):
+            if name not in ns:
+                cells.append("-")
+                continue
+            share = 100 * case.flops / ns[name] / peak
+            number = f"{ns[name]:,.0f}" if ns[name] > 99 else f"{ns[name]:.1f}"
+            cells.append(f"{number} ({_times(ns[LEAN] / ns[name])}, {share:.2g} %)")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, what in ((FIT, "12 times a decade"), (FIT_EVERY, "every 100 steps")):
+        shares = [f"{1 - ns[KERNEL] / ns[name]:.0%} of {steps[name]:,} steps" for ns, steps in measured]
+        lines.append(f"| not in the kernel, recorded {what} | " + " | ".join(shares) + " |")
+    return lines
+
+
+def trajectories(quick: bool, folder: Path) -> None:
+    """All contenders in all cases."""
+    sizes, rounds, seconds = ([(4, 6, 1), (4, 6, 20)], 1, 0.002) if quick else (SIZES, 3, 0.1)
+    peak = gemm_peak()
+    lines = header("The diagonal network: one step of one member")
+    lines += [
+        f"Nanoseconds (times faster than lean NumPy, share of the {peak:.0f} GFLOP/s that a float64 matrix product of size "
+        f"1024 reaches here), medians of {rounds} interleaved rounds of process CPU time, float64. A step counts 4bD + b + "
+        "10D operations, b rows; (N, D) problem, E members that share it. The kernel checks all members and records their "
+        "losses every 100 steps, and so does `Trainer.fit`, which records train_loss, distance and gain, writes result "
+        "segments and TensorBoard, and includes setting up; the other contenders write nothing.",
+    ]  # fmt: skip
+    if not find_spec("jax"):
+        lines += ["", "JAX is not installed (`pip install dlnlab[benchmark]`): its rows are empty."]
+    for batch_size, title in ((0, "Gradient descent"), (1, "Stochastic gradient descent, one row a step")):
+        cases = [Case(*size, batch_size) for size in sizes]
+        measured = []
+        for case in cases:
+            measured.append(measure(case, rounds, seconds))
+            print(f"({case.n}, {case.d}) E={case.members} b={case.batch_size or 'full'}", flush=True)
+            for name, ns in measured[-1][0].items():
+                print(f"    {name:50} {ns:11,.1f} ns {_times(measured[-1][0][LEAN] / ns):>8}", flush=True)
+        lines += ["", f"## {title}", "", *table(cases, measured, peak)]
+    write(folder / "trajectories.md", lines)
+
+
+# Growth ---------------------------------------------------------------------------------------------------------------
+
+
+def cost(run: Callable[[int], Any], steps: int) -> tuple[float, float]:
+    """Processor seconds, and MB by which the memory of a process at its peak exceeds what it had before; in a fork."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            seconds = steps * seconds_per_step(run, steps)
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            os.write(writer, f"{seconds} {(peak - before) / 1e6}".encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        found = file.read().split()
+    os.waitpid(child, 0)
+    return float(found[0]), float(found[1])
+
+
+def growth(quick: bool, folder: Path) -> None:
+    """Time against members, dimension and steps; memory against records; one thread against two."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    scale = 1 if quick else 1000
+    fit(Case(20, 30, 20, 0))(10)  # compiles, before the forks
+    fit(Case(20, 30, 20, 1))(10)
+    studies = {
+        "members": [(e, Case(20, 30, e, b), scale, {}) for b in (0, 1) for e in _decades(0, 1 if quick else 5)],
+        "dimension": [(d, Case(20, d, 10, b), scale, {}) for b in (0, 1) for d in _decades(1, 2 if quick else 4)],
+        "steps": [(s, Case(20, 30, 1, b), s, {}) for b in (0, 1) for s in _decades(3, 3 if quick else 7)],
+        "records": [
+            (s // EVERY, Case(20, 30, 100, 1), s, {"every_n_steps": EVERY}) for s in _decades(3, 3 if quick else 5)
+        ],
+    }
+    lines = header("The diagonal network: how a fit grows", " --growth")
+    lines += [
+        "Each row is one `Trainer.fit` in a process of its own, results and TensorBoard on, setting up included: processor "
+        "seconds, and megabytes that it needs at its peak beyond the imported packages.",
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
+    for (what, rows), ax in zip(studies.items(), axes, strict=True):
+        lines += ["", f"| {what} | (N, D) | E | b | steps | s | ns per member-step | MB |", "| ---: " * 8 + "|"]
+        series: dict[int, list[tuple[float, float]]] = {}
+        for value, case, steps, record in rows:
+            seconds, size = cost(fit(case, **record), steps)
+            each = 1e9 * seconds / steps / case.members
+            lines.append(
+                f"| {value:,} | ({case.n}, {case.d}) | {case.members:,} | {case.batch_size or 'full'} | {steps:,} | "
+                f"{seconds:.2f} | {each:,.1f} | {size:.0f} |"
+            )
+            print(lines[-1], flush=True)
+            series.setdefault(case.batch_size, []).append((value, size if what == "records" else seconds))
+        for batch_size, points in series.items():
+            ax.loglog(*zip(*points, strict=True), "o-", label=f"batch size {batch_size or 'full'}")
+        ax.set(xlabel=what, ylabel="MB" if what == "records" else "seconds")
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    members, steps = (100, 10) if quick else (10_000, 2_000)
+    lines += ["", f"| kernel, (20, 30), E = {members:,} | one thread, s | two threads, s | ratio |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for batch_size, name in ((0, "gradient descent"), (1, "one row a step")):
+        runs = [kernel(Case(20, 30, members, batch_size), threads) for threads in (1, 2)]
+        times = [[steps * seconds_per_step(run, steps, time.perf_counter) for run in runs] for _ in range(3)]
+        one, two = (min(column) for column in zip(*times, strict=True))
+        lines.append(f"| {name}, {steps:,} steps, wall time, best of 3 | {one:.2f} | {two:.2f} | {one / two:.2f} |")
+        print(lines[-1], flush=True)
+    write(folder / "growth.md", [*lines, "", "![growth](growth.png)"])
+    figure.savefig(folder / "growth.png", dpi=80)
+
+
+def _decades(low: int, high: int) -> list[int]:
+    return [10**k for k in range(low, high + 1)]
+
+
+def write(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--growth", action="store_true", help="how time and memory grow")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
+    arguments = parser.parse_args()
+    if not ONE_THREAD.items() <= os.environ.items():  # libraries read it when they are imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # lightning's advice on workers
+    (growth if arguments.growth else trajectories)(arguments.quick, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
