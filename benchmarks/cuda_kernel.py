@@ -20,7 +20,7 @@ import torch
 
 from dlnlab import streams
 from dlnlab.kernels import cpu, cuda
-from dlnlab.kernels.cpu import Batches, DiagonalState, Guard
+from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard
 
 N, D, ALPHA = 20, 30, 0.1
 L1_BYTES_PER_CYCLE = 128

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from dlnlab import streams
-from dlnlab.kernels.cpu import Batches, DiagonalKernel, DiagonalState, Guard
+from dlnlab.kernels.cpu import DiagonalKernel
+from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard
 
 CASES = [(20, 30, 1), (20, 30, 30), (20, 30, 1000), (40, 100, 1), (40, 100, 100), (200, 1000, 1), (200, 1000, 100)]
 ALPHA = 0.1

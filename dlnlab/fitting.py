@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
             traceback.print_exc()
         print(f"dlnlab {command}: {explain(error)}", file=sys.stderr)
         return 2
+    if run.slow is not None:
+        print(f"dlnlab {command}: {run.slow}", file=sys.stderr)
     try:
         with without_noise():
             run.carry_out()
@@ -447,6 +449,12 @@ class Run(LightningCLI):
         if isinstance(self.model, LinearNetwork):
             print(f"members: {MemberGuard.summary(self.model)}")
         print(f"run: {self.directory}")
+
+    @property
+    def slow(self) -> str | None:
+        """Why a fit does not take the closed form, if it does not."""
+        linear = self.subcommand == "fit" and isinstance(self.model, LinearNetwork)
+        return self.model.path if linear and self.model.closed_form_refusal() is not None else None
 
     def way_on(self) -> str:
         """Where the results of a fit that was cut short are and how it goes on, the end of a sentence."""

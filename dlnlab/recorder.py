@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,9 @@ class EventFile:
             for event in events:
                 writer.write(event.SerializeToString())
 
-    def add(self, moments: list[tuple[int, list[Summary.Value]]]) -> None:
-        """Append one event for each (step, values)."""
-        self._append(
-            [Event(wall_time=time.time(), step=step, summary=Summary(value=values)) for step, values in moments]
-        )
+    def add(self, moments: list[tuple[int, Summary]]) -> None:
+        """Append one event for each (step, summary)."""
+        self._append([Event(wall_time=time.time(), step=step, summary=summary) for step, summary in moments])
 
     @property
     def length(self) -> int:
@@ -191,8 +190,8 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Collect what the chunk has recorded."""
         if isinstance(pl_module, LinearNetwork):
-            for step, values in pl_module.take_records():
-                self.record(step, values)
+            for steps, values in pl_module.take_records():
+                self.record_block(steps, values)
         else:
             before = trainer.global_step - 1
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -248,26 +247,31 @@ class Recorder(Callback):
             dims: Names of trailing dimensions, where they are not `coordinate` or `row` and `column`.
             final: The values were not due but belong to the fit's last step: a fit that goes on drops them.
         """
+        self.record_block([step], {name: value[None] for name, value in values.items()}, final)
+        self._dims |= dims or {}
+
+    def record_block(self, steps: list[int], values: dict[str, Tensor], final: bool = False) -> None:
+        """Take values (T, E, ...) measured at T ascending steps; see `record`."""
         pending, size = self._final if final else self._pending, 0
         for name, value in values.items():
-            steps, found = pending.setdefault(name, ([], []))
-            if steps and steps[-1] == step:  # the model's own variable and a measurement's are the same
+            known, blocks = pending.setdefault(name, ([], []))
+            seen = int(known[-1:] == steps[:1])  # the model's own variable and a measurement's are the same
+            if seen == len(steps):
                 continue
-            steps.append(step)
-            found.append(value)
+            known += steps[seen:]
+            blocks.append(value[seen:])
             size += value.numel() * value.element_size()
             if not final:
-                self._last_recorded[name] = step
+                self._last_recorded[name] = steps[-1]
         self._bytes += size
-        self._bytes_per_record = max(self._bytes_per_record, size)
-        self._dims |= dims or {}
+        self._bytes_per_record = max(self._bytes_per_record, size // len(steps))
 
     def flush(self) -> None:
         """Close the present segment: to disk (or memory) and to TensorBoard."""
         self._flushed_at = time.monotonic()
         if not self._pending:
             return
-        series = {name: (steps, _to_numpy(torch.stack(values))) for name, (steps, values) in self._pending.items()}
+        series = {name: (steps, _to_numpy(torch.cat(blocks))) for name, (steps, blocks) in self._pending.items()}
         constants = {}
         if isinstance(self._module, LinearNetwork):
             constants = {
@@ -337,7 +341,7 @@ class Recorder(Callback):
     def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
         for cell, file in self._event_files.items():
             inside = self._cell == cell
-            moments: dict[int, list[Summary.Value]] = {}
+            moments: defaultdict[int, Summary] = defaultdict(Summary)
             for name, (steps, values) in series.items():
                 if name == "status":
                     codes = values[:, inside]
@@ -351,7 +355,7 @@ class Recorder(Callback):
                         if name in _UNDERFLOW:
                             with np.errstate(divide="ignore", invalid="ignore"):
                                 _add(moments, steps, f"{tag}_log10{suffix}", np.log10(numbers))
-            file.add(sorted(moments.items()))
+            file.add(sorted(moments.items(), key=lambda moment: moment[0]))
 
     def add_images(self, pictures: dict[str, Path]) -> None:
         """Show pictures (PNG) in the run's TensorBoard page as `figures/<name>`, in place of earlier ones."""
@@ -359,7 +363,7 @@ class Recorder(Callback):
             Summary.Value(tag=f"figures/{name}", image=Summary.Image(encoded_image_string=path.read_bytes()))
             for name, path in pictures.items()
         ]
-        EventFile(self.directory, length=0).add([(max(self._last_recorded.values(), default=0), values)])
+        EventFile(self.directory, length=0).add([(max(self._last_recorded.values(), default=0), Summary(value=values))])
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -400,6 +404,6 @@ def _summarise(values: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _add(moments: dict[int, list[Summary.Value]], steps: list[int], tag: str, numbers: np.ndarray) -> None:
-    for step, number in zip(steps, numbers, strict=True):
-        moments.setdefault(step, []).append(Summary.Value(tag=tag, simple_value=float(number)))
+def _add(moments: defaultdict[int, Summary], steps: list[int], tag: str, numbers: np.ndarray) -> None:
+    for step, number in zip(steps, numbers.tolist(), strict=True):
+        moments[step].value.add(tag=tag, simple_value=number)

@@ -87,6 +87,20 @@ def test_later_configs_replace_the_ensemble_and_values_on_the_command_line_win_w
     assert dict(dlnlab.load_results("lightning_logs/axis/version_0").distance.sizes) == {"lr": 2, "seed": 3, "step": 3}
 
 
+def test_a_fit_that_takes_the_generic_path_says_so_once_and_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("slow_net.py").write_text(
+        "from dlnlab.models import DiagonalLinearNetwork\n\n\nclass Slow(DiagonalLinearNetwork):\n"
+        "    def losses(self, batch):\n        return 2 * super().losses(batch)\n"
+    )
+    small = ["--data", "SparseRegression", "--trainer.max_steps", "4", "--name", "slow"]
+    assert main(["fit", "--model", "slow_net.Slow", *small]) == 0
+    assert capsys.readouterr().err == "dlnlab fit: generic (autograd): Slow has its own losses\n"
+    assert dlnlab.load_results("lightning_logs/slow/version_0").attrs["path"] == (
+        "generic (autograd): Slow has its own losses"
+    )
+
+
 def test_help_is_at_hand_without_torch():
     code = "import sys; from dlnlab.cli import main; assert main(['--help']) == 0; assert 'torch' not in sys.modules"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -10,9 +10,7 @@ on the ensemble, its order, the number of threads or where calls begin and end. 
 `dlnlab.kernels.reference` to rounding: sums run in another order, and a product and a sum share one rounding.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,130 +18,12 @@ from torch import Tensor
 
 from dlnlab.kernels import cpu_steps
 from dlnlab.kernels.cpu_steps import LANES, PAD
-from dlnlab.kernels.factors import Factors, floors
+from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard, Records
+from dlnlab.kernels.factors import floors
 
 FEWEST_LANES = 6
 """From so many full-batch members of one problem on, sixteen lanes take less time than one after another."""
 _SLICES_PER_THREAD = 4
-
-
-@dataclass
-class DiagonalState:
-    """All that a step of any member changes.
-
-    Attributes:
-        factors: w+, w- and what the gain is computed from, tensors (E, D).
-        square_sum: Sum over steps of |x|^2, x = lr g/(1 - c) of the mini-batch gradient g: the argument of the gain. (E,),
-            float64.
-        largest_step: The largest |x_j| over steps and coordinates, (E,), float64.
-    """
-
-    factors: Factors
-    square_sum: Tensor
-    largest_step: Tensor
-
-    @classmethod
-    def start(cls, w_plus: Tensor, w_minus: Tensor) -> "DiagonalState":
-        """The state before the first step."""
-        return cls.of(Factors.start(w_plus, w_minus))
-
-    @classmethod
-    def of(cls, factors: Factors) -> "DiagonalState":
-        """The state that lies in the given factors, sharing memory with them."""
-        return cls(factors, factors.square_sum, factors.largest_step)
-
-    def clone(self) -> "DiagonalState":
-        """A copy that shares no memory."""
-        return DiagonalState(self.factors.map(torch.clone), self.square_sum.clone(), self.largest_step.clone())
-
-    def _tensors(self) -> list[Tensor]:
-        """In the order of the kernel's `State`."""
-        tensors = {**vars(self.factors), "square_sum": self.square_sum, "largest_step": self.largest_step}
-        return [tensors[name] for name in cpu_steps.State._fields]
-
-    def _arrays(self) -> cpu_steps.State:
-        tensors = self._tensors()
-        assert all(tensor.is_contiguous() for tensor in tensors), "the kernel changes its tensors in place"
-        return cpu_steps.State(*(tensor.numpy() for tensor in tensors))
-
-
-@dataclass
-class Batches:
-    """What each member sees at a step; every tensor has one entry per member.
-
-    Attributes:
-        size: Rows per step, int64; 0 is the full batch.
-        sampling: Index in `dlnlab.streams.SAMPLINGS`, int64.
-        sampling_key: `streams.keys(root, "sampling", seed)`, (E, 2).
-        noise_key: `streams.keys(root, "label_noise", seed)`, (E, 2).
-        noise_std: Standard deviation of fresh noise on each drawn label.
-    """
-
-    size: Tensor
-    sampling: Tensor
-    sampling_key: Tensor
-    noise_key: Tensor
-    noise_std: Tensor
-
-    @classmethod
-    def full(cls, num_members: int) -> "Batches":
-        """Full batches without noise."""
-        zeros = torch.zeros(num_members, dtype=torch.int64)
-        keys = torch.zeros(num_members, 2, dtype=torch.int64)
-        return cls(zeros, zeros, keys, keys, zeros.double())
-
-
-@dataclass
-class Guard:
-    """When members stop (`dlnlab.models.base.Guard`), and the state that diverged ones go back to.
-
-    Attributes:
-        tol: Converged below this full clean loss.
-        bound: Diverged above this loss or size of a factor, or where one is not finite.
-        every_n_steps: Members are checked at steps divisible by this.
-        kept: Each member at its last check; a copy of the first state before the first step.
-    """
-
-    tol: float
-    bound: float
-    every_n_steps: int
-    kept: DiagonalState
-
-
-@dataclass
-class Records:
-    """What is written while steps are taken, a row for each of T steps.
-
-    Attributes:
-        steps: Those steps, ascending, int64 (T,).
-        w_plus: (T, E, D), as `w_minus`.
-        w_minus: Likewise.
-        train_loss: Full clean data loss (T, E).
-        status: (T, E), int8.
-        state: The whole `DiagonalState` with a leading T, sharing w+ and w-, or None. Its initial values are not filled.
-    """
-
-    steps: Tensor
-    w_plus: Tensor
-    w_minus: Tensor
-    train_loss: Tensor
-    status: Tensor
-    state: DiagonalState | None = None
-
-    @classmethod
-    def allocate(cls, steps: Sequence[int], state: DiagonalState, everything: bool = False) -> "Records":
-        """Room for the records of a state at some steps; `everything` asks for all of the state."""
-
-        def room(like: Tensor) -> Tensor:
-            return torch.empty(len(steps), *like.shape, dtype=like.dtype)
-
-        factors = state.factors.map(room if everything else lambda like: torch.empty(0, *like.shape, dtype=like.dtype))
-        factors.w_plus, factors.w_minus = room(state.factors.w_plus), room(state.factors.w_minus)
-        whole = DiagonalState(factors, room(state.square_sum), room(state.largest_step)) if everything else None
-        loss = torch.empty(len(steps), len(state.square_sum), dtype=state.factors.w_plus.dtype)
-        return cls(
-            torch.tensor(steps, dtype=torch.int64), factors.w_plus, factors.w_minus, loss, loss.to(torch.int8), whole
-        )
 
 
 class DiagonalKernel:
@@ -220,11 +100,11 @@ class DiagonalKernel:
             members,
         )  # fmt: skip
         assert status.is_contiguous() and stopped_at.is_contiguous(), "they are changed in place"
-        arrays = state._arrays()
+        arrays = _arrays(state)
         rule = (
             cpu_steps.Guard(0.0, 0.0, 0, arrays)
             if guard is None
-            else cpu_steps.Guard(float(guard.tol), float(guard.bound), guard.every_n_steps, guard.kept._arrays())
+            else cpu_steps.Guard(float(guard.tol), float(guard.bound), guard.every_n_steps, _arrays(guard.kept))
         )
         buffers = _record_arrays(records if records is not None else Records.allocate([], state))
         blocks = _blocks(table, with_stopped=buffers.num_steps > 0)
@@ -263,6 +143,12 @@ def _blocks(members: cpu_steps.Members, with_stopped: bool) -> np.ndarray:
     return table
 
 
+def _arrays(state: DiagonalState) -> cpu_steps.State:
+    tensors = state.tensors(cpu_steps.State._fields)
+    assert all(tensor.is_contiguous() for tensor in tensors), "the kernel changes its tensors in place"
+    return cpu_steps.State(*(tensor.numpy() for tensor in tensors))
+
+
 def _record_arrays(records: Records) -> cpu_steps.Records:
     """Records for the kernel: a row for each step and member; fields not asked for are empty."""
 
@@ -270,7 +156,7 @@ def _record_arrays(records: Records) -> cpu_steps.Records:
         return tensor.flatten(0, 1).numpy()
 
     if records.state is not None:
-        state = cpu_steps.State(*(rows(tensor) for tensor in records.state._tensors()))
+        state = cpu_steps.State(*(rows(tensor) for tensor in records.state.tensors(cpu_steps.State._fields)))
     else:
         real, integer, sums = np.empty((0, 0)), np.empty((0, 0), np.int64), np.empty(0)
         state = cpu_steps.State(

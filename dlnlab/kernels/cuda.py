@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlnlab.kernels.cpu import Batches, DiagonalState, Guard, Records
+from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard, Records
 from dlnlab.kernels.factors import PERIOD, floors
 from dlnlab.streams import SAMPLINGS
 

@@ -152,7 +152,7 @@ class LinearNetwork(LightningModule):
         """Set by the recorder: the steps at which `record_variables` are taken, inside chunks."""
         self.record_variables: tuple[str, ...] = ()
         self.problems: Problems | None = None
-        self._records: list[tuple[int, dict[str, Tensor]]] = []
+        self._records: list[tuple[list[int], dict[str, Tensor]]] = []
         self._kept: dict[str, Tensor] = {}
         self._optimizer: Optimizer | None = None
         self._fitted_by: Any = None
@@ -290,10 +290,7 @@ class LinearNetwork(LightningModule):
                 )
             if self._fitted_by is not self.trainer:  # another fit starts from the present parameters, at step 0
                 self._fitted_by = self.trainer
-                self._optimizer = self._build_optimizer()
-                self._kept, self._records = {}, []
-                self.status.fill_(RUNNING)
-                self.stopped_at.fill_(-1)
+                self.restart()
 
     def _check_memory(self, numbers: int, device: torch.device) -> None:
         """Refuse members that would not fit: parameters, optimizer, what the guard keeps, and what a step needs."""
@@ -385,8 +382,11 @@ class LinearNetwork(LightningModule):
         return optimizer
 
     def restart(self) -> None:
-        """Take the present parameters as the beginning: an optimizer without a past, whose gain is 0 here."""
+        """Take the present parameters as the beginning: all members run, and the optimizer has no past, its gain is 0."""
         self._optimizer = self._build_optimizer()
+        self._kept, self._records = {}, []
+        self.status.fill_(RUNNING)
+        self.stopped_at.fill_(-1)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
@@ -494,8 +494,8 @@ class LinearNetwork(LightningModule):
         else:
             taken, records = self._advance_generic(step, k, record_steps)
         reached = [s for s in record_steps if s <= step + taken]
-        for i, at in enumerate(reached):
-            self._records.append((at, {name: values[i] for name, values in records.items()}))
+        if reached:
+            self._records.append((reached, records))
         return taken
 
     def _advance_generic(self, step: int, k: int, record_steps: list[int]) -> tuple[int, dict[str, Tensor]]:
@@ -518,8 +518,8 @@ class LinearNetwork(LightningModule):
                 break
         return now + 1 - step, stack_records(records)
 
-    def take_records(self) -> list[tuple[int, dict[str, Tensor]]]:
-        """Hand over what was recorded since the last call: (step, {name: (E, ...)})."""
+    def take_records(self) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """Hand over what was recorded since the last call: (T steps, {name: (T, E, ...)})."""
         records, self._records = self._records, []
         return records
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dlnlab import checks, streams
+from dlnlab import checks, kernels, streams
 from dlnlab.kernels import Factors, diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
@@ -83,11 +83,40 @@ class DiagonalLinearNetwork(LinearNetwork):
         """One pair of factors."""
         return [{"params": [self.w_plus, self.w_minus], "form": "squares"}]
 
+    @property
+    def kernel(self) -> Any:
+        """The compiled kernel of the model's device, or a line saying why it has none."""
+        if self._kernel is None:
+            self._kernel = kernels.diagonal_kernel(self.problems.x, self.problems.y)
+            sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
+            sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
+            self._batches = kernels.Batches(
+                torch.tensor(sizes, device=self.device),
+                torch.tensor(sampling, device=self.device),
+                self._sampling_keys,
+                self._noise_keys,
+                self._noise_std,
+            )
+        return self._kernel
+
+    @property
+    def path(self) -> str:
+        """How this model is advanced, and why."""
+        path = super().path
+        plain = self.closed_form_refusal() is None and isinstance(self.kernel, str)
+        return f"{path}, in torch: {self.kernel}" if plain else path
+
+    def restart(self) -> None:
+        """See `LinearNetwork.restart`; the data may be others."""
+        super().restart()
+        self._kernel = None
+
     def advance_closed_form(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
     ) -> tuple[int, dict[str, Tensor]]:
         """Gradient descent in w+, w- without autograd; see `LinearNetwork.advance_closed_form`."""
-        if self.device.type == "cpu" and len(self.running) and all(name in self._recordable() for name in variables):
+        compiled = not isinstance(self.kernel, str) and all(name in self._recordable() for name in variables)
+        if compiled and len(self.running):
             return self._advance_compiled(k, record_steps, variables, guard)
         start = step = self._optimizer.num_steps
         end, records, due = start + k, [], set(record_steps)
@@ -112,31 +141,24 @@ class DiagonalLinearNetwork(LinearNetwork):
     def _advance_compiled(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
     ) -> tuple[int, dict[str, Tensor]]:
-        """The same in one call of the CPU kernel, guard and records included."""
-        from dlnlab.kernels import cpu  # brings numba, which only a fit needs
-
+        """The same in one call of the device's kernel, guard and records included."""
         optimizer = self._optimizer
         group, start = optimizer.pairs[0], optimizer.num_steps
-        if self._kernel is None:
-            self._kernel = cpu.DiagonalKernel(self.problems.x, self.problems.y)
-        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
-        batches = cpu.Batches(
-            torch.tensor(sizes), torch.tensor(sampling), self._sampling_keys, self._noise_keys, self._noise_std
-        )
         lr, kappa = (
-            torch.as_tensor(group[name], dtype=self.number_type).expand(self.num_members)
+            torch.as_tensor(group[name], dtype=self.number_type, device=self.device).expand(self.num_members)
             for name in ("lr", "weight_decay")
         )
         rule = None
         if guard is not None:
             self.begin(start)
             kept = {name.rpartition(".")[2]: value for name, value in self._kept.items()}
-            rule = cpu.Guard(self.guard_tol, guard.bound, guard.every_n_steps, cpu.DiagonalState.of(Factors(**kept)))
-        state = cpu.DiagonalState.of(optimizer.factors(group))
-        records = cpu.Records.allocate(record_steps, state, everything=not _PREDICTOR_ONLY.issuperset(variables))
-        taken = self._kernel.advance(
-            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, batches, start,
+            rule = kernels.Guard(
+                self.guard_tol, guard.bound, guard.every_n_steps, kernels.DiagonalState.of(Factors(**kept))
+            )
+        state = kernels.DiagonalState.of(optimizer.factors(group))
+        records = kernels.Records.allocate(record_steps, state, everything=not _PREDICTOR_ONLY.issuperset(variables))
+        taken = self.kernel.advance(
+            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
             start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken

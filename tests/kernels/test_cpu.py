@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dlnlab import streams
 from dlnlab.kernels import cpu, cpu_steps, diagonal_steps
-from dlnlab.kernels.cpu import Batches, DiagonalKernel, DiagonalState, Guard, Records
+from dlnlab.kernels.cpu import DiagonalKernel
+from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard, Records
 
 N, D = 5, 3
 REPLACEMENT, SUBSET, EPOCHS = range(len(streams.SAMPLINGS))

@@ -26,7 +26,7 @@ from test_cpu import (
 
 from dlnlab import streams
 from dlnlab.kernels import cuda
-from dlnlab.kernels.cpu import Guard, Records
+from dlnlab.kernels.diagonal import Guard, Records
 
 triton = pytest.importorskip("triton")
 tl = triton.language

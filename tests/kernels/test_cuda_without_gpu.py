@@ -11,7 +11,7 @@ import torch
 from test_cpu import make
 
 from dlnlab.kernels import cuda
-from dlnlab.kernels.cpu import Guard, Records
+from dlnlab.kernels.diagonal import Guard, Records
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
