@@ -77,7 +77,7 @@ def test_autograd_with_adam_goes_on_as_if_it_had_not_been_killed(tmp_path):
 
 
 def test_a_run_that_was_killed_while_it_wrote_goes_on_as_if_it_had_not_been(tmp_path):
-    none_failed(study.killed_while_writing(tmp_path, stride=53), 5)
+    none_failed(study.killed_while_writing(tmp_path, stride=79), 4)
 
 
 def test_every_checkpoint_of_a_run_leads_to_the_same_end(tmp_path):
@@ -271,7 +271,7 @@ def test_the_handlers_of_the_caller_come_back(program, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_room_mends_it(tmp_path):
-    none_failed(study.full_disk(tmp_path, [64, 192, 320]), 2)
+    none_failed(study.full_disk(tmp_path, [96, 320]), 2)
 
 
 def test_a_disk_that_is_read_only_or_a_run_that_is_removed_is_one_line(tmp_path):
@@ -279,7 +279,7 @@ def test_a_disk_that_is_read_only_or_a_run_that_is_removed_is_one_line(tmp_path)
 
 
 def test_an_error_of_the_disk_at_any_moment_is_one_line_and_a_resume_mends_it(tmp_path):
-    none_failed(study.disk_error_at_every_moment(tmp_path, stride=71), 4)
+    none_failed(study.disk_error_at_every_moment(tmp_path, stride=101), 3)
 
 
 def test_damage_is_always_detected(tmp_path):
