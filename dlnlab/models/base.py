@@ -21,6 +21,9 @@ checkpoints. It may add `advance_closed_form` where its updates need no autograd
 hyperparameters as axes (name them in `axes`, read them with `per_member`), and its own variables (`variables`).
 
 **Members never influence each other.** The loss that is differentiated is the sum over members; they share no parameter.
+The compiled kernels give a member the same bits alone, in any company and in any order. Where batched products of torch or
+autograd are used, it is the same to the rounding of each step (1e-12 after 200 stable steps); at the edge of stability
+rounding grows as any other difference does.
 
 **The unit of time is the optimizer step.** One `training_step` takes a chunk of many, ending at the next event any
 callback has announced; `trainer.global_step` is true at every event, and no result depends on where chunks end.

@@ -156,7 +156,12 @@ class DiagonalLinearNetwork(LinearNetwork):
                 self.guard_tol, guard.bound, guard.every_n_steps, kernels.DiagonalState.of(Factors(**kept))
             )
         state = kernels.DiagonalState.of(optimizer.factors(group))
-        records = kernels.Records.allocate(record_steps, state, everything=not _PREDICTOR_ONLY.issuperset(variables))
+        everything = not _PREDICTOR_ONLY.issuperset(variables)
+        row = (10 if everything else 2) * 8 * self.w_plus.numel()
+        if len(record_steps) > (most := max(1, _RECORD_BYTES // row)):  # so that memory stays bounded
+            record_steps = record_steps[:most]
+            k = record_steps[-1] - start
+        records = kernels.Records.allocate(record_steps, state, everything)
         taken = self.kernel.advance(
             state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
             start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
@@ -253,6 +258,8 @@ class DiagonalLinearNetwork(LinearNetwork):
         return gradient
 
 
+_RECORD_BYTES = 64 * 2**20
+"""What the kernel may write between two looks of the recorder."""
 _PREDICTOR_ONLY = {"train_loss", "test_loss", "distance", "beta", "time"}
 _OF_FACTORS = {
     "gain": Factors.gain,
