@@ -8,6 +8,7 @@ import pytest
 TRAJECTORIES = Path(__file__).parents[1] / "benchmarks" / "trajectories.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "written"), [([], ["trajectories.md"]), (["--growth"], ["growth.md", "growth.png"])]
 )
