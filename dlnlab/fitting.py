@@ -457,13 +457,9 @@ class Run(LightningCLI):
         return self.model.path if linear and self.model.closed_form_refusal() is not None else None
 
     def way_on(self) -> str:
-        """Where the results of a fit that was cut short are and how it goes on, the end of a sentence."""
-        if self.directory is None:
-            return ""
+        """How a fit that was cut short goes on, the end of a sentence."""
         last = self._last_checkpoint
-        if last is not None and last.exists():
-            return f"; go on with --ckpt_path {last}"
-        return f"; {self.directory} holds what was recorded"
+        return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
 
 
 def claim(parent: Path) -> Path:
