@@ -707,8 +707,10 @@ def test_a_failure_during_the_fit_is_code_1_names_the_run_and_keeps_what_was_rec
     out, err = capsys.readouterr()
     assert out == ""
     message = err.splitlines()[-1]
-    failed = "dlnlab fit: run lightning_logs/config/version_0 failed after step 2: ZeroDivisionError: three is enough (mine.py"
-    assert message.startswith(failed)
+    assert message.startswith(
+        "dlnlab fit: run lightning_logs/config/version_0 failed after step 2: ZeroDivisionError: "
+    )
+    assert "three is enough (mine.py, line " in message
     assert load_results("lightning_logs/config/version_0").train_loss.sizes["step"] >= 2
 
 
