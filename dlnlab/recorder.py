@@ -21,6 +21,7 @@ from dlnlab import checks, results
 from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.models import LinearNetwork
+from dlnlab.optim import GradientFlow
 from dlnlab.schedule import Schedule
 
 DEFAULT_VARIABLES = ("train_loss", "test_loss", "distance", "gain")
@@ -82,7 +83,7 @@ class Recorder(Callback):
     Args:
         every_n_steps: Record every so many optimizer steps.
         at: Record at these steps: `[0, 10, 100]`, `{log10: [0, 5, 60]}`, .... Step 0 and the last step are always
-            recorded. With neither, 12 steps per decade, evenly spaced in their logarithm.
+            recorded. With neither, 12 steps per decade, evenly spaced in their logarithm (every step of `GradientFlow`).
         variables: What to record; None is those of train_loss, test_loss, distance and gain that are defined.
         pairs: Record step k + 1 with every step k (period 2 at the edge of stability).
         max_runs: At most so many cells of the grid become TensorBoard runs, evenly chosen.
@@ -131,8 +132,11 @@ class Recorder(Callback):
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Check that all that is asked for exists; the model has been set up."""
         if self.schedule is None:
-            # It does not depend on max_steps, so that a run that is extended records what a longer one would have.
-            self.schedule = Schedule(at={"log10": [0, 12, 145]}, pairs=self.pairs)
+            if isinstance(getattr(module, "_optimizer", None), GradientFlow):  # its steps are the times asked for
+                self.schedule = Schedule(every_n_steps=1)
+            else:
+                # It does not depend on max_steps: a run that is extended records what a longer one would have.
+                self.schedule = Schedule(at={"log10": [0, 12, 145]}, pairs=self.pairs)
         self._module = module
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):

@@ -91,7 +91,8 @@ class Start:
                     f"{where}: its parameter {name} has shape {tuple(self.state[name].shape)} and this model's "
                     f"{tuple(parameter.shape)}"
                 )
-        for name, parameter in own.items():
-            parameter.copy_(self.state[name])
         if linear:
-            module.restart()
+            module.start_from({name: self.state[name] for name in own})
+        else:
+            for name, parameter in own.items():
+                parameter.copy_(self.state[name])

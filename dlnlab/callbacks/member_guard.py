@@ -18,7 +18,7 @@ class MemberGuard(Callback):
             1e-12 (float32).
         bound: A member whose loss or a parameter is non-finite or above this has diverged; it goes back to the last
             check.
-        every_n_steps: Members are checked at optimizer steps divisible by this.
+        every_n_steps: Members are checked at optimizer steps divisible by this (`GradientFlow`: at every step).
 
     Raises:
         ValueError: If a number is out of range.

@@ -34,7 +34,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -47,8 +47,8 @@ from dlnlab.data.base import Problems, refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
-from dlnlab.models.trainer import count_steps, next_event_of, refuse_what_chunks_cannot_honour
-from dlnlab.optim import GainSGD
+from dlnlab.models.trainer import count_steps, limit_steps, next_event_of, refuse_what_chunks_cannot_honour
+from dlnlab.optim import GainSGD, GradientFlow, StochasticGradientFlow
 from dlnlab.schedule import Schedule
 
 RUNNING, CONVERGED, DIVERGED = range(3)
@@ -115,6 +115,9 @@ class LinearNetwork(LightningModule):
 
     axes: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "batch_size", "sampling", "label_noise")
     """The hyperparameters that may be axes of the ensemble. A subclass adds its own."""
+
+    closed_form_optimizers: ClassVar[tuple[type[Optimizer], ...]] = (GainSGD,)
+    """The optimizers whose steps `advance_closed_form` takes, where there is one."""
 
     def __init__(
         self,
@@ -230,7 +233,7 @@ class LinearNetwork(LightningModule):
         changed = [name for name in _LAW if order[home[name]] < order[home["advance_closed_form"]]]
         if changed:
             return f"{type(self).__name__} has its own {', '.join(changed)}"
-        if type(self._optimizer) is not GainSGD:
+        if type(self._optimizer) not in self.closed_form_optimizers:
             return f"the optimizer is {type(self._optimizer).__name__}"
         return None
 
@@ -287,7 +290,6 @@ class LinearNetwork(LightningModule):
         self._group_members()
         self.unit = LR_UNITS[self.lr_unit](self.problems)[self.problem_index]
         if stage == "fit":
-            refuse_what_chunks_cannot_honour(self.trainer)
             if type(self).configure_optimizers is not LinearNetwork.configure_optimizers:
                 raise ValueError(
                     f"{type(self).__name__}.configure_optimizers: its optimizer and schedulers would not be used; "
@@ -296,6 +298,23 @@ class LinearNetwork(LightningModule):
             if self._fitted_by is not self.trainer:  # another fit starts from the present parameters, at step 0
                 self._fitted_by = self.trainer
                 self.restart()
+            if isinstance(self._optimizer, _FLOWS):
+                self._refuse_what_flows_cannot_follow()
+            if isinstance(self._optimizer, GradientFlow):
+                limit_steps(self.trainer, self._optimizer.max_steps)
+                if self.guard is not None:  # its steps are few and long
+                    self.guard = replace(self.guard, every_n_steps=1)
+            refuse_what_chunks_cannot_honour(self.trainer)
+
+    def _refuse_what_flows_cannot_follow(self) -> None:
+        kind = type(self._optimizer).__name__
+        for size in self.per_member("batch_size"):
+            if size != "full":
+                raise ValueError(f"batch_size = {size}: {kind} follows the full loss; it must be full")
+        if self._has_noise:
+            raise ValueError(f"label_noise: {kind} follows the full loss without label noise; it must be 0")
+        if isinstance(self._optimizer, StochasticGradientFlow) and (reason := self.closed_form_refusal()) is not None:
+            raise ValueError(f"optimizer: {kind} needs the closed form of the diagonal linear network, but {reason}")
 
     def _check_memory(self, numbers: int, device: torch.device) -> None:
         """Refuse members that would not fit: parameters, optimizer, what the guard keeps, and what a step needs."""
@@ -357,6 +376,11 @@ class LinearNetwork(LightningModule):
         try:
             # Where a factory is a partial of a class, its own `lr` is the one in force.
             optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(given))
+        except TypeError as error:
+            unknown = [name for name in given if f"unexpected keyword argument {name!r}" in str(error)]
+            if not unknown:
+                raise
+            raise ValueError(f"ensemble.{unknown[0]}: this optimizer takes no {unknown[0]}") from error
         except (ValueError, RuntimeError) as error:
             # What torch says of a vector lr, and of any other vector that it compares with a number.
             refusals = ("Tensor lr must be 1-element", "Boolean value of Tensor")
@@ -370,7 +394,7 @@ class LinearNetwork(LightningModule):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: must make a torch optimizer, got {checks.shown(optimizer)}")
         closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
+        if closure is not None and closure.default is closure.empty and not isinstance(optimizer, _FLOWS):
             raise ValueError(f"optimizer: {type(optimizer).__name__} takes several losses a step, one is computed here")
         vectors = getattr(optimizer, "axes", ())
         scaled = bool((self.unit != 1).any())
@@ -380,10 +404,14 @@ class LinearNetwork(LightningModule):
                     raise ValueError(
                         f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members"
                     )
-                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device) * self.unit.double()
+                if "lr" in group:
+                    lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device)
+                    group["lr"] = lr * self.unit.double()
         for name in given:
             if name not in vectors and len(set(given[name].tolist())) > 1:
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
+        if isinstance(optimizer, StochasticGradientFlow):
+            optimizer.keys = streams.keys(self.ensemble.root, "flow", self.ensemble.seed.to(self.device))
         return optimizer
 
     def restart(self) -> None:
@@ -392,6 +420,17 @@ class LinearNetwork(LightningModule):
         self._kept, self._records = {}, []
         self.status.fill_(RUNNING)
         self.stopped_at.fill_(-1)
+
+    @torch.no_grad()
+    def start_from(self, parameters: dict[str, Tensor]) -> None:
+        """Begin at another run's parameters.
+
+        Args:
+            parameters: Every parameter by name, of this model's shapes.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.copy_(parameters[name])
+        self.restart()
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
@@ -510,11 +549,11 @@ class LinearNetwork(LightningModule):
         members = self.running
         for now in range(step, step + k):
             if len(members):
-                optimizer.zero_grad()
-                with torch.enable_grad():
-                    total = sum(self.losses(batch).sum() for batch in self.batches(now, members))
-                    total.backward()
-                optimizer.step()
+                if isinstance(optimizer, GradientFlow):
+                    optimizer.step(lambda: self._differentiate(now, members))  # noqa: B023 - used at once
+                else:
+                    self._differentiate(now, members)
+                    optimizer.step()
                 self._hold_stopped()
             if self.guard is not None and (now + 1) % self.guard.every_n_steps == 0:
                 self.check_members(now + 1)
@@ -524,6 +563,17 @@ class LinearNetwork(LightningModule):
             if len(members) == 0:
                 break
         return now + 1 - step, stack_records(records)
+
+    def _differentiate(self, step: int, members: Tensor) -> Tensor:
+        """The gradients of some members' losses at a step, the others' zero; returns the losses (E,), likewise."""
+        self._optimizer.zero_grad()
+        values = torch.zeros(self.num_members, dtype=self.number_type, device=self.device)
+        with torch.enable_grad():
+            found = [(batch, self.losses(batch)) for batch in self.batches(step, members)]
+            sum(losses.sum() for _, losses in found).backward()
+        for batch, losses in found:
+            values[batch.members] = losses.detach()
+        return values
 
     def take_records(self) -> list[tuple[list[int], dict[str, Tensor]]]:
         """Hand over what was recorded since the last call: (T steps, {name: (T, E, ...)})."""
@@ -619,6 +669,8 @@ class LinearNetwork(LightningModule):
             found["distance"] = self._distance
         for name in ("gain", "gain_plus", "gain_minus", "effective_init", "imbalance"):
             found[name] = self._of_optimizer(name)
+        if hasattr(type(self._optimizer), "loss_integral") or hasattr(self._optimizer, "loss_integral"):
+            found["loss_integral"] = lambda: self._optimizer.loss_integral.expand(self.num_members)
         return found
 
     def _of_optimizer(self, name: str) -> Callable[[], Tensor] | str:
@@ -708,6 +760,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     finally:
         torch.set_default_dtype(before)
 
+
+_FLOWS = (GradientFlow, StochasticGradientFlow)
 
 _LAW = ("predictor", "losses", "training_step", "batches")
 """Methods that a closed form stands for: a subclass with its own takes the generic path."""

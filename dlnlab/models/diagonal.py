@@ -1,16 +1,17 @@
 """The diagonal linear network, x -> <u*v, x>."""
 
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from dlnlab import checks, kernels, streams
-from dlnlab.kernels import Factors, diagonal_steps
+from dlnlab.kernels import DualFlow, Factors, diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
+from dlnlab.optim import GainSGD, GradientFlow, StochasticGradientFlow
 
 
 class DiagonalLinearNetwork(LinearNetwork):
@@ -24,6 +25,8 @@ class DiagonalLinearNetwork(LinearNetwork):
     Args:
         init_scale: alpha: a positive number, or one per feature (D,). May be an axis (numbers).
         dim: D; None takes the data's.
+        start_at: What is taken of a run this one starts from: its `parameters`, or its `effective_init` alone, that is
+            w+ = w- = sqrt|w+ w-| and beta = 0.
         **kwargs: Those of `LinearNetwork`.
 
     Raises:
@@ -34,9 +37,17 @@ class DiagonalLinearNetwork(LinearNetwork):
     """
 
     axes: ClassVar[tuple[str, ...]] = (*LinearNetwork.axes, "init_scale")
+    closed_form_optimizers: ClassVar = (GainSGD, GradientFlow, StochasticGradientFlow)
 
-    def __init__(self, init_scale: float | list[float] = 0.1, dim: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        init_scale: float | list[float] = 0.1,
+        dim: int | None = None,
+        start_at: Literal["parameters", "effective_init"] = "parameters",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.start_at = checks.one_of("start_at", start_at, ("parameters", "effective_init"))
         self.init_scale = init_scale
         if dim is not None:
             checks.integer("dim", dim, at_least=1)
@@ -44,6 +55,7 @@ class DiagonalLinearNetwork(LinearNetwork):
             for entry in value if isinstance(value, list | tuple) else [value]:
                 checks.positive("init_scale", entry)
         self._kernel: Any = None
+        self._flow: DualFlow | None = None
         if dim is not None:
             self.build(dim, None)
 
@@ -99,25 +111,45 @@ class DiagonalLinearNetwork(LinearNetwork):
             )
         return self._kernel
 
+    def start_from(self, parameters: dict[str, Tensor]) -> None:
+        """See `LinearNetwork.start_from`, and `start_at`."""
+        if self.start_at == "effective_init":
+            # The root of each: the product of the two may be below the range of numbers.
+            alpha = parameters["w_plus"].abs().sqrt() * parameters["w_minus"].abs().sqrt()
+            parameters = {**parameters, "w_plus": alpha, "w_minus": alpha}
+        super().start_from(parameters)
+
+    def closed_form_refusal(self) -> str | None:
+        """As `LinearNetwork.closed_form_refusal`; a flow with weight decay has none."""
+        if isinstance(self._optimizer, GradientFlow):
+            kappa = torch.as_tensor(self._optimizer.param_groups[0]["weight_decay"])
+            if bool((kappa != 0).any()):
+                return "gradient flow with weight decay is no flow of the dual"
+        return super().closed_form_refusal()
+
     @property
     def path(self) -> str:
         """How this model is advanced, and why."""
         path = super().path
-        plain = self.closed_form_refusal() is None and isinstance(self.kernel, str)
-        return f"{path}, in torch: {self.kernel}" if plain else path
+        stepwise = self.closed_form_refusal() is None and isinstance(self._optimizer, GainSGD)
+        return f"{path}, in torch: {self.kernel}" if stepwise and isinstance(self.kernel, str) else path
 
     def restart(self) -> None:
         """See `LinearNetwork.restart`; the data may be others."""
         super().restart()
-        self._kernel = None
+        self._kernel = self._flow = None
 
     def advance_closed_form(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
     ) -> tuple[int, dict[str, Tensor]]:
-        """Gradient descent in w+, w- without autograd; see `LinearNetwork.advance_closed_form`."""
-        compiled = not isinstance(self.kernel, str) and all(name in self._recordable() for name in variables)
-        if compiled and len(self.running):
-            return self._advance_compiled(k, record_steps, variables, guard)
+        """Steps in w+, w- without autograd; see `LinearNetwork.advance_closed_form`."""
+        if isinstance(self._optimizer, GainSGD):
+            compiled = not isinstance(self.kernel, str) and all(name in self._recordable() for name in variables)
+            if compiled and len(self.running):
+                return self._advance_compiled(k, record_steps, variables, guard)
+            advance = self._advance_members
+        else:
+            advance = self._follow_flow if isinstance(self._optimizer, GradientFlow) else self._diffuse
         start = step = self._optimizer.num_steps
         end, records, due = start + k, [], set(record_steps)
         running = self.running
@@ -125,7 +157,9 @@ class DiagonalLinearNetwork(LinearNetwork):
             stop = min([end, *(s for s in record_steps if s > step)])
             if guard is not None:
                 stop = min(stop, step - step % guard.every_n_steps + guard.every_n_steps)
-            self._advance_members(running, step, stop)
+            if len(running):
+                advance(running, step, stop)
+                self._optimizer.num_steps = stop
             step = stop
             if guard is not None and step % guard.every_n_steps == 0:
                 self.check_members(step)
@@ -222,7 +256,37 @@ class DiagonalLinearNetwork(LinearNetwork):
             diagonal_steps(state, lr, decay, gradient, start, stop)
             for target, source in zip(vars(whole).values(), vars(state).values(), strict=True):
                 target[chosen] = source if layout is None else layout.collect(source)
-        optimizer.num_steps += stop - start
+
+    def _follow_flow(self, members: Tensor, start: int, stop: int) -> None:
+        """Go from time `start` to time `stop` of a gradient flow's times with the given members."""
+        optimizer = self._optimizer
+        if self._flow is None:  # the first time, or after a resume
+            initial = optimizer.state[self.w_plus]
+            factors = initial["initial_plus"], initial["initial_minus"]
+            problems = self.problems.x, self.problems.y, self.problem_index
+            self._flow = DualFlow(*problems, *factors, optimizer.times[-1], optimizer.tol)
+        plus, minus, integral = self._flow.at(members, optimizer.times[stop])
+        self.w_plus[members], self.w_minus[members] = plus.to(self.number_type), minus.to(self.number_type)
+        integrals = optimizer.loss_integral.to(self.device).expand(self.num_members).clone()
+        integrals[members] = integral
+        optimizer.loss_integral = integrals
+
+    def _diffuse(self, members: Tensor, start: int, stop: int) -> None:
+        """Take the steps start, ..., stop - 1 of a stochastic gradient flow with the given members."""
+        optimizer = self._optimizer
+        whole = optimizer.diffusion(optimizer.pairs[0])
+        layout = Layout(self.problem_index[members])
+        places = members[layout.slots]
+        x, y = self.problems.x[layout.problems], self.problems.y[layout.problems][:, None]
+        state = whole.map(lambda tensor: tensor[places])
+        lr = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=self.number_type, device=self.device)
+        lr = lr.expand(self.num_members)[places]
+        for step in range(start, stop):
+            residual = ((state.w_plus.square() - state.w_minus.square()) / 2) @ x.mT - y
+            normals = optimizer.normals(step, y.shape[-1])[places].to(self.number_type)
+            state.step(x, residual, normals, lr, optimizer.dt * lr, optimizer.noise, optimizer.scheme)
+        for target, source in zip(vars(whole).values(), vars(state).values(), strict=True):
+            target[members] = layout.collect(source)
 
     def _full_gradient(self, members: Tensor, layout: Layout) -> Any:
         """(beta, step) -> gradient of the full loss, (P', M, D): each problem's x enters two matrix products."""

@@ -34,6 +34,14 @@ def count_steps(trainer: Any, k: int) -> None:
         raise RuntimeError("this version of lightning keeps its step counters elsewhere: dlnlab needs 2.6") from error
 
 
+def limit_steps(trainer: Any, most: int) -> None:
+    """Let a fit end after `most` optimizer steps, unless it was to end earlier."""
+    if trainer.max_steps < 0:
+        trainer.fit_loop.max_epochs = -1  # what Lightning takes where max_steps is given
+    if trainer.max_steps < 0 or trainer.max_steps > most:
+        trainer.fit_loop.epoch_loop.max_steps = most
+
+
 def refuse_what_chunks_cannot_honour(trainer: Trainer) -> None:
     """Raise ValueError for trainer options that would silently do nothing, or something else."""
     if trainer.max_steps < 1:

@@ -1,20 +1,16 @@
 """GainSGD: gradient descent on pairs of factors that keeps the gain of every step."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dlnlab import checks
 from dlnlab.kernels.factors import PERIOD, Factors
+from dlnlab.optim.base import PairOptimizer, check_numbers, per_member, rotate
 
-FORMS = ("product", "squares")
 
-
-class GainSGD(Optimizer):
+class GainSGD(PairOptimizer):
     r"""Gradient descent with one step size per member, accumulating the gain of every pair of factors.
 
     .. math:: \mathrm{Gain} = \sum_k q(\gamma g_k), \qquad q(x) = -\tfrac12 \ln (1 - x^2)^2
@@ -56,7 +52,6 @@ class GainSGD(Optimizer):
     """
 
     axes = ("lr", "weight_decay")
-    """The arguments that may be axes of the ensemble: tensors with one entry per member."""
 
     def __init__(
         self,
@@ -65,47 +60,24 @@ class GainSGD(Optimizer):
         weight_decay: float = 0.0,
         form: Literal["product", "squares"] = "product",
     ) -> None:
-        checks.one_of("form", form, FORMS)
-        groups = [_as_group(entry, form) for entry in pairs]
-        self.num_steps = 0
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "form": None})
+        super().__init__(pairs, {"lr": lr, "weight_decay": weight_decay}, form)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check and add a group; see `pairs` of the class."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name, low in (("lr", math.nextafter(0.0, 1.0)), ("weight_decay", 0.0)):
-            try:
-                values = torch.as_tensor(group[name], dtype=torch.float64)
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"{name} = {checks.shown(group[name])}: must be a number, or one per member") from None
-            for i, value in enumerate(values.flatten().tolist()):
-                where = name if values.ndim == 0 else f"{name}[{i}]"
-                if not (low <= value < math.inf):
-                    raise ValueError(f"{where} = {value}: must be {'positive' if low else 'at least 0'} and finite")
+        check_numbers("lr", group["lr"], 0.0, positive=True)
+        check_numbers("weight_decay", group["weight_decay"], 0.0)
         if bool((2 * torch.as_tensor(group["lr"]) * torch.as_tensor(group["weight_decay"]) >= 1).any()):
             raise ValueError("2 lr weight_decay must be below 1: the decay would overshoot zero in one step")
-        if group["form"] is None:
-            return
-        checks.one_of("form", group["form"], FORMS)
-        if len(group["params"]) != 2 or group["params"][0].shape != group["params"][1].shape:
-            shapes = [tuple(parameter.shape) for parameter in group["params"]]
-            raise ValueError(f"a pair of factors needs two parameters of one shape, got shapes {shapes}")
-        u, v = (parameter.detach() for parameter in group["params"])
-        factors = Factors.start(*(_rotate(u, v) if group["form"] == "product" else (u, v)))
-        self.state[group["params"][0]] = {name: value for name, value in vars(factors).items() if name[:2] != "w_"}
 
-    @property
-    def pairs(self) -> list[dict[str, Any]]:
-        """The parameter groups that are pairs of factors."""
-        return [group for group in self.param_groups if group["form"] is not None]
+    def start(self, w_plus: Tensor, w_minus: Tensor) -> dict[str, Tensor]:
+        """No factor has been multiplied yet."""
+        return {name: value for name, value in vars(Factors.start(w_plus, w_minus)).items() if name[:2] != "w_"}
 
     def factors(self, group: dict[str, Any]) -> Factors:
         """One pair's state; in the form `squares` it shares memory with the parameters."""
-        u, v = (parameter.detach() for parameter in group["params"])
-        if group["form"] == "product":
-            u, v = _rotate(u, v)
-        return Factors(u, v, **self.state[group["params"][0]])
+        return Factors(*self.rotated(group), **self.state[group["params"][0]])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -157,86 +129,42 @@ class GainSGD(Optimizer):
             if group["form"] == "product":
                 factors = self.factors(group)
                 held = factors.renormalise()
-                back_u, back_v = _rotate(factors.w_plus, factors.w_minus)
+                back_u, back_v = rotate(factors.w_plus, factors.w_minus)
                 u.copy_(torch.where(held, back_u, u))
                 v.copy_(torch.where(held, back_v, v))
             else:
                 factors.renormalise()
 
-    def _of_pairs(self, quantity: Callable[[Factors], Tensor], name: str) -> Any:
-        values = [quantity(self.factors(group)) for group in self.pairs]
-        if not values:
-            raise AttributeError(f"{name} is not defined: no parameters were given as a pair of factors")
-        return values[0] if len(values) == 1 else values
+    def _of_factors(self, quantity: Callable[[Factors], Tensor], name: str) -> Any:
+        return self.of_pairs(lambda group: quantity(self.factors(group)), name)
 
     @property
     def gain(self) -> Any:
         """Sum of q over the steps so far, float64 of the factors' shape; a list where there are several pairs."""
-        return self._of_pairs(Factors.gain, "gain")
+        return self._of_factors(Factors.gain, "gain")
 
     @property
     def gain_plus(self) -> Any:
         """Sum of q+(x) = -2 x - ln (1 - x)^2, likewise."""
-        return self._of_pairs(Factors.gain_plus, "gain_plus")
+        return self._of_factors(Factors.gain_plus, "gain_plus")
 
     @property
     def gain_minus(self) -> Any:
         """Sum of q-(x) = 2 x - ln (1 + x)^2, likewise."""
-        return self._of_pairs(Factors.gain_minus, "gain_minus")
+        return self._of_factors(Factors.gain_minus, "gain_minus")
 
     @property
     def effective_init(self) -> Any:
         """alpha_k = alpha exp(-Gain/2), times the product of 1 - 2 lr weight_decay, likewise."""
-        return self._of_pairs(Factors.effective_init, "effective_init")
-
-    @property
-    def imbalance(self) -> Any:
-        """u^2 - v^2 = 2 w+ w- of the present factors, likewise."""
-        return self._of_pairs(Factors.imbalance, "imbalance")
+        return self._of_factors(Factors.effective_init, "effective_init")
 
     @property
     def time(self) -> Any:
         """Steps times step size, a number or a tensor (E,)."""
         return self.num_steps * self.param_groups[0]["lr"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Torch copies and pickles only what it knows of.
-        return {**super().__getstate__(), "num_steps": self.num_steps}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's, with the number of steps taken."""
-        return {**super().state_dict(), "num_steps": self.num_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, but accumulators keep their float64 beside float32 parameters."""
-        self.num_steps = state_dict["num_steps"]
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "num_steps"})
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                self.state[parameter][name] = value.to(parameter.device, copy=True)
-
-
-def _as_group(entry: Any, form: str) -> dict[str, Any]:
-    if isinstance(entry, dict):
-        return entry
-    if isinstance(entry, Tensor):
-        return {"params": [entry]}
-    return {"params": list(entry), "form": form}
-
-
-def _rotate(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(u + v)/sqrt2 and (u - v)/sqrt2, its own inverse."""
-    return (u + v) * math.sqrt(0.5), (u - v) * math.sqrt(0.5)
-
 
 def _step_sizes(group: dict[str, Any], parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     """Lr and 1 - 2 lr weight_decay (None without decay), broadcastable with the parameter."""
-    lr, kappa = (_per_member(group[name], parameter) for name in ("lr", "weight_decay"))
+    lr, kappa = (per_member(group[name], parameter) for name in ("lr", "weight_decay"))
     return lr, (1 - 2 * lr * kappa) if bool((kappa != 0).any()) else None
-
-
-def _per_member(value: Any, parameter: Tensor) -> Tensor:
-    value = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
-    return value if value.ndim == 0 else value.view(-1, *[1] * (parameter.ndim - 1))
