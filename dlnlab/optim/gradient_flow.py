@@ -1,5 +1,6 @@
 """GradientFlow: the continuous-time limit of gradient descent."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -72,7 +73,7 @@ class GradientFlow(PairOptimizer):
     ) -> None:
         del lr
         values = [checks.number(f"times[{i}]", time, at_least=0) for i, time in enumerate(expand(times, "times"))]
-        for i, (before, after) in enumerate(zip(values, values[1:], strict=False), 1):
+        for i, (before, after) in enumerate(itertools.pairwise(values), 1):
             if after <= before:
                 raise ValueError(f"times[{i}] = {after:g}: must be later than the one before, {before:g}")
         self.times: list[float] = values if values[0] == 0 else [0.0, *values]

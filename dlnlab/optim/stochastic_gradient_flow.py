@@ -126,7 +126,7 @@ class StochasticGradientFlow(PairOptimizer):
 
     @property
     def gain(self) -> Any:
-        """2 gamma diag(X^T X/n) times the loss integral (mean_loss), float64 (E, D); a list where there are several pairs."""
+        """2 gamma diag(X^T X/n) int L (mean_loss), float64 (E, D); a list where there are several pairs."""
         return self.of_pairs(lambda group: self.diffusion(group).gain, "gain")
 
     @property
