@@ -41,7 +41,10 @@ def gain_increment(x: Any) -> Tensor:
         True
     """
     x = as_float64(x)
-    return -_log_abs_one_plus(-x) - _log_abs_one_plus(x)
+    # Small x is lost beside 1 in either factor; near |x| = 1 the square is.
+    return torch.where(
+        x.abs() < 0.5, -torch.log1p(-(x * x).clamp(max=0.25)), -_log_abs_one_plus(-x) - _log_abs_one_plus(x)
+    )
 
 
 def gain_increment_plus(x: Any) -> Tensor:

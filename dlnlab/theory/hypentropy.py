@@ -53,9 +53,7 @@ def hypentropy(beta: Any, init: Any = None, *, log_init: Any = None) -> Tensor:
     log_scale = 2 * log_of(init, log_init, beta)
     # With t = asinh(beta/a^2): beta t - sqrt(beta^2 + a^4) + a^2 = beta (t - tanh(t/2)).
     t = asinh_ratio(beta, log_scale)
-    small = t * t * (1 / 12 - t * t * (1 / 120 - t * t * (17 / 20160 - t * t * 31 / 362880)))
-    rest = torch.where(t.abs() < 0.02, t * (1 / 2 + small), t - torch.tanh(t / 2))
-    return (beta * rest).sum(-1) / 2
+    return (beta * (t - torch.tanh(t / 2))).sum(-1) / 2
 
 
 def hypentropy_gradient(beta: Any, init: Any = None, *, log_init: Any = None) -> Tensor:
