@@ -28,9 +28,9 @@ def as_problems(X: Any, y: Any, *of_coordinates: Any) -> tuple[bool, Tensor, Ten
     Raises:
         ValueError: If shapes do not fit or X or y is not finite.
     """
-    X = as_float64(X)
-    y = as_float64(y, X)
-    others = [as_float64(other, X) for other in of_coordinates]
+    X = as_float64(X).detach()
+    y = as_float64(y, X).detach()
+    others = [as_float64(other, X).detach() for other in of_coordinates]
     if X.ndim not in (2, 3) or y.ndim not in (1, 2) or X.shape[-2] != y.shape[-1] or 0 in X.shape:
         raise ValueError(
             f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}: must be (N, D) and (N,), or stacks (P, N, D) and (P, N)"

@@ -317,19 +317,25 @@ def _mean_square_edge(L: Tensor, V: Tensor, w: float) -> Tensor:
         return torch.linalg.eigvalsh(T)[:, -1]
 
     # C^-1 D is a diagonal, 2 (1-w) F/n, and w times a sum of n rank-one parts. Its largest eigenvalue x solves
-    # radius(2 w F/(x - diagonal)) = 1, whose left side falls from infinity to 0 beyond the diagonal's largest entry.
+    # radius(2 w F/(x - diagonal)) = 1, whose left side falls from infinity to 0 beyond the diagonal's largest entry: its
+    # reciprocal is nearly linear, so false positions (Illinois) find x in a few steps.
     diagonal = 2 * (1 - w) * F / n
     low = diagonal.amax((1, 2))
-    if w > 0:
-        high = low + 2 * w * radius(F)
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = radius(2 * w * F / (middle[:, None, None] - diagonal)) > 1
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-            if (high - low <= 4e-16 * high).all():
-                break
-        low = high
-    return 2 / (low * unit[:, 0])
+    if w == 0:
+        return 2 / (low * unit[:, 0])
+    high = x = low + 2 * w * radius(F)
+    f_low = -torch.ones_like(low)
+    f_high = torch.full_like(low, torch.nan)
+    for _ in range(60):
+        f = 1 / radius(2 * w * F / (x[:, None, None] - diagonal)) - 1
+        if (f.abs() < 1e-13).all():
+            break
+        above = f > 0
+        f_low = torch.where(above, f_low / 2, f)
+        f_high = torch.where(above | f_high.isnan(), f, f_high / 2)
+        low, high = torch.where(above, low, x), torch.where(above, x, high)
+        x = torch.where(f == 0, x, low - f_low * (high - low) / (f_high - f_low))
+    return 2 / (x * unit[:, 0])
 
 
 def mean_square_edge(X: Any, y: Any, init: Any, batch_size: int = 1, sampling: str = "replacement") -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from dlnlab import theory
+from dlnlab.kernels.factors import Factors
 from dlnlab.theory.inputs import as_float64
 
 
@@ -127,6 +128,33 @@ def test_a_shift_below_the_solution_keeps_the_conditions(seed, log_init, size):
     outside = z - (torch.linalg.pinv(X) @ X @ z[..., None])[..., 0]
     # The mirror's coordinates lie in the span of the data, to what beta's own rounding leaves of them.
     assert (outside.norm(dim=-1) < 1e-6 * z.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize(("lr_in_edges", "batch_size"), [(0.1, 4), (0.3, 1), (1.05, 4)])
+def test_a_run_ends_at_the_interpolator_that_its_own_gain_predicts(lr_in_edges, batch_size):
+    X, y, _ = problem(12, 4, 7)
+    lr = lr_in_edges * theory.flow_edge(X, y, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors.start(*(torch.full((7,), 0.1, dtype=torch.float64) for _ in range(2)))
+    for step in range(40_000):
+        r = X @ (factors.w_plus**2 - factors.w_minus**2) / 2 - y
+        if r.norm() < 1e-13:
+            break
+        rows = torch.randperm(4, generator=generator)[:batch_size]
+        factors.multiply(lr * (X[rows].T @ r[rows]) / batch_size, None)
+        if step % 16 == 0:
+            factors.renormalise()
+    beta, residual = theory.min_bregman(
+        X,
+        y,
+        log_effective_init=theory.log_effective_init(0.1, factors.gain()),
+        shift=theory.mirror_shift(factors.gain_plus(), factors.gain_minus()),
+    )
+    assert residual < 1e-12
+    # Rounding of 1e4 steps.
+    torch.testing.assert_close((factors.w_plus**2 - factors.w_minus**2) / 2, beta, rtol=0, atol=1e-10)
+    start, _ = theory.min_hypentropy(X, y, 0.1)
+    assert (beta - start).norm() > 1e-4
 
 
 def test_a_stack_solves_each_problem_as_it_is_solved_alone():
