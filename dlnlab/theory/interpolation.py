@@ -45,7 +45,7 @@ def min_l2(X: Any, y: Any) -> tuple[Tensor, Tensor]:
         True
     """
     single, X, y, _ = as_problems(X, y)
-    rows = _Rows(X, y)
+    rows = Rows(X, y)
     beta = _times(rows.A.mT, rows.c)
     beta = beta + _times(rows.A.mT, rows.reduce(y - _times(X, beta)))
     outside = _norm(beta - _times(rows.A.mT, _times(rows.A, beta)))
@@ -88,7 +88,7 @@ def min_l1(X: Any, y: Any, weights: Any = None, return_dual: bool = False) -> tu
     """
     single, X, y, (w,) = as_problems(X, y, 1.0 if weights is None else weights)
     positive("weights", w)
-    rows = _Rows(X / w[:, None, :], y)
+    rows = Rows(X / w[:, None, :], y)
     solved = [_l1_vertex(A[keep], c[keep]) for A, c, keep in zip(rows.A, rows.c, rows.keep, strict=True)]
     scaled = torch.stack([beta for beta, _ in solved]).to(X)
     beta = scaled / w
@@ -230,7 +230,7 @@ def min_bregman(
             raise ValueError(f"{name} holds a number that is not finite")
     shifts = moved if perturbation is None else asinh_ratio(moved, 2 * log_init)
     beta, residual = torch.zeros_like(log_init), torch.zeros_like(log_init[:, 0])
-    rows = _Rows(X, y)
+    rows = Rows(X, y)
     for chunk in torch.arange(len(y), device=X.device).split(max(1, _STACK // X[0].numel())):
         beta[chunk], residual[chunk] = _bregman(
             rows.A[chunk], rows.c[chunk], -2 * log_init[chunk], shifts[chunk], X[chunk], y[chunk]
@@ -243,7 +243,7 @@ def feasibility(X: Tensor, y: Tensor, beta: Tensor, moved: Tensor | float = 0.0)
     return _ratio(_norm(_times(X, beta) - y), torch.linalg.matrix_norm(X) * (_norm(beta) + moved) + _norm(y))
 
 
-class _Rows:
+class Rows:
     """The same equations with orthonormal rows, A beta = c, from a singular value decomposition.
 
     Dependent rows become rows of zeros, and `keep` (P, R) is False there.
@@ -309,11 +309,12 @@ class _Path:
         diagonal = H.diagonal(dim1=-2, dim2=-1)
         added = damping * (diagonal + torch.maximum(b.abs().amax(-1), self.c.abs().amax(-1))[:, None]) + 1e-290
         diagonal.add_(added)
-        factor, failed = torch.linalg.cholesky_ex(H)
-        while failed.any():
+        for _ in range(16):
+            factor, failed = torch.linalg.cholesky_ex(H)
+            if not failed.any():
+                break
             added = 10 * added
             diagonal.add_(torch.where(failed[:, None] > 0, added, 0))
-            factor, failed = torch.linalg.cholesky_ex(H)
         return factor
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dlnlab import checks, streams
 from dlnlab.theory.bounds import batch_weight
 from dlnlab.theory.inputs import as_float64, as_problems
-from dlnlab.theory.interpolation import _Rows, min_hypentropy, min_l1, min_l2
+from dlnlab.theory.interpolation import Rows, min_hypentropy, min_l1, min_l2
 
 _STACK = 2**23
 
@@ -176,7 +176,7 @@ def flattest_interpolator(X: Any, y: Any, return_bound: bool = False) -> tuple[T
     """
     single, X, y, _ = as_problems(X, y)
     n = X.shape[1]
-    rows = _Rows(X, y)
+    rows = Rows(X, y)
     start, _ = min_l2(X, y)
     unit = torch.where(y.abs().amax(-1) == 0, 1, start.abs().amax(-1))[:, None]
     size = torch.linalg.matrix_norm(X)
