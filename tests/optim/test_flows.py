@@ -192,7 +192,7 @@ def test_the_generic_flow_serves_other_networks():
         (partial(GradientFlow, times=[1.0]), {"label_noise": 0.1}, "label_noise: GradientFlow follows"),
         (partial(GradientFlow, times=[1.0, 0.5]), {}, "times[1] = 0.5: must be later than the one before, 1"),
         (partial(GradientFlow, times=[-1.0]), {}, "times[0]"),
-        (partial(GradientFlow, times=[0]), {}, "needs a time after 0"),
+        (partial(GradientFlow, times=[0]), {}, "must name a time after 0"),
         (partial(GradientFlow, weight_decay=-1), {}, "weight_decay = -1"),
         (StochasticGradientFlow, {"batch_size": 2}, "batch_size = 2: StochasticGradientFlow follows"),
         (StochasticGradientFlow, {"weight_decay": [0.1, 0.2]}, "ensemble.weight_decay: this optimizer takes no"),
@@ -203,7 +203,7 @@ def test_the_generic_flow_serves_other_networks():
 )
 def test_what_a_flow_cannot_follow_is_refused_before_it_starts(optimizer, options, words):
     x, y, _ = problem()
-    with pytest.raises(ValueError, match="(?s).*") as error:
+    with pytest.raises(ValueError, match=r"must|takes no") as error:
         dlnlab.simulate(x, y, model=partial(DiagonalLinearNetwork, optimizer=optimizer), steps=3, **options)
     assert words in str(error.value)
 
