@@ -34,7 +34,7 @@ import dlnlab
 from dlnlab import Ensemble, streams
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data import SparseRegression
-from dlnlab.kernels import Batches, DiagonalState, Factors, Guard, Records, diagonal_steps
+from dlnlab.kernels import Batches, Factors, Guard, Records, diagonal_steps
 from dlnlab.kernels.cpu import DiagonalKernel
 from dlnlab.models import DiagonalLinearNetwork
 
@@ -214,20 +214,20 @@ def kernel(case: Case, num_threads: int = 1) -> Callable[[int], None]:
     """The bare kernel, with a check of every member and its loss recorded every 100 steps."""
     engine = DiagonalKernel(torch.from_numpy(case.x)[None], torch.from_numpy(case.y)[None])
     members = case.members
-    state = DiagonalState.start(*torch.full((2, members, case.d), ALPHA, dtype=torch.float64))
+    factors = Factors.start(*torch.full((2, members, case.d), ALPHA, dtype=torch.float64))
     lr = torch.full((members,), case.lr, dtype=torch.float64)
     problem = torch.zeros(members, dtype=torch.int64)
     key = streams.keys(0, "sampling", torch.arange(members))
     size = torch.full_like(problem, case.batch_size)
     batches = Batches(size, problem, key, key, torch.zeros(members))
-    guard = Guard(0.0, 1e10, EVERY, state.clone())
+    guard = Guard(0.0, 1e10, EVERY, factors.map(torch.clone))
     now = 0
 
     def run(steps: int) -> None:
         nonlocal now
         due = range(now - now % EVERY + EVERY, now + steps + 1, EVERY)
-        records = Records.allocate(due, state)
-        arguments = state, lr, None, problem, batches, now, now + steps
+        records = Records.allocate(due, factors)
+        arguments = factors, lr, None, problem, batches, now, now + steps
         taken = engine.advance(*arguments, guard=guard, records=records, num_threads=num_threads)
         assert taken == steps, "a member stopped: the rates would be wrong"
         now += steps

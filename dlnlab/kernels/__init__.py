@@ -1,7 +1,7 @@
 """k-step trajectories of the networks whose updates have a closed form."""
 
-from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard, Records, diagonal_kernel
+from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_kernel
 from dlnlab.kernels.factors import Factors
 from dlnlab.kernels.reference import diagonal_steps
 
-__all__ = ["Batches", "DiagonalState", "Factors", "Guard", "Records", "diagonal_kernel", "diagonal_steps"]
+__all__ = ["Batches", "Factors", "Guard", "Kernel", "Records", "diagonal_kernel", "diagonal_steps"]

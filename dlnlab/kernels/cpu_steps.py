@@ -72,7 +72,7 @@ class Problems(NamedTuple):
 
 
 class State(NamedTuple):
-    """`Factors` and the path sums of all members, as arrays."""
+    """The `Factors` of all members as arrays, but for the initial values."""
 
     w_plus: np.ndarray  # (E, D), as all but the last two
     w_minus: np.ndarray

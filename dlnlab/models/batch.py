@@ -80,6 +80,11 @@ class Batch:
             return self.layout.collect(x[:, None] @ spread.mT)
         return self.layout.collect(spread @ x.mT)
 
+    def losses(self, predictor: Tensor) -> Tensor:
+        """1/(2B) times the sum of squared errors, (G,), for predictors as in `predictions`."""
+        squares = (self.predictions(predictor) - self.targets).square()
+        return (squares if squares.ndim == 2 else squares.sum(-1)).mean(-1) / 2
+
     @property
     def targets(self) -> Tensor:
         """Y as each member sees it, (G, B[, K])."""
