@@ -37,15 +37,12 @@ class DiagonalKernel(Kernel):
         problems, n, d = x.shape
         rows, columns = -(-n // 8) * 8, -(-d // PAD) * PAD
         padded = cpu_steps.aligned_zeros(problems * rows * columns, x.numpy().dtype)
-        cube = padded.reshape(problems, rows, columns)
-        cube[:, :n, :d] = x.numpy()
-        transposed = cpu_steps.aligned_zeros(problems * rows * columns, padded.dtype)
-        transposed.reshape(problems, columns, rows)[...] = cube.transpose(0, 2, 1)
+        padded.reshape(problems, rows, columns)[:, :n, :d] = x.numpy()
         targets = cpu_steps.aligned_zeros(problems * rows, padded.dtype)
         targets.reshape(problems, rows)[:, :n] = y.numpy()
         wide = x.double()
         self._problems = cpu_steps.Problems(
-            padded, transposed, targets, wide.square().sum(-1).numpy(), wide.abs().amax(-1).numpy(), n, d, rows, columns
+            padded, targets, wide.square().sum(-1).numpy(), wide.abs().amax(-1).numpy(), n, d, rows, columns
         )
 
     def _advance(

@@ -151,10 +151,10 @@ def test_ten_thousand_stable_steps_agree_with_the_reference(kind):
     assert_close(ours, theirs, SUM_ULPS * 2.2e-16 * 100)
 
 
-@pytest.mark.parametrize("n, d", [(1, 1), (8, 16), (9, 17), (20, 30), (33, 70)])
+@pytest.mark.parametrize("n, d", [(1, 1), (8, 16), (9, 17), (20, 30), (33, 70), (6, 150)])
 @pytest.mark.parametrize("num_members", [1, 16])
 def test_shapes_beside_and_beyond_the_padding_agree_with_the_reference(n, d, num_members):
-    ours = make(num_members=num_members, n=n, d=d, num_problems=1, sizes=(0, 0, min(n, 7)), lr=0.001)
+    ours = make(num_members=num_members, n=n, d=d, num_problems=1, sizes=(0, 1, min(n, 7)), lr=0.001)
     theirs = ours.clone()
     ours.advance(0, 70)
     reference(theirs, 0, 70)
@@ -240,11 +240,12 @@ def test_factors_near_the_floor_are_held_as_the_reference_holds_them(num_members
     cuts=st.lists(st.integers(1, 149), max_size=4, unique=True),
     num_threads=st.integers(1, 3),
     dtype=st.sampled_from([torch.float64, torch.float32]),
+    d=st.sampled_from([D, 20, 40]),  # each has its own steps on single rows
 )
 def test_a_member_has_the_same_bits_in_any_company_order_chunking_and_thread(
-    kind, num_members, seed, cuts, num_threads, dtype
+    kind, num_members, seed, cuts, num_threads, dtype, d
 ):
-    everyone = make(num_members=40, num_problems=2, dtype=dtype, **kind)
+    everyone = make(num_members=40, d=d, num_problems=2, dtype=dtype, lr=0.06 / d, **kind)
     order = list(range(40))
     seed.shuffle(order)
     chosen = torch.tensor(order[:num_members])
@@ -256,7 +257,7 @@ def test_a_member_has_the_same_bits_in_any_company_order_chunking_and_thread(
 
 
 def test_single_members_and_lanes_have_the_same_bits_in_many_shapes():
-    for n, d in [(1, 1), (2, 9), (7, 16), (13, 33), (20, 30), (40, 100)]:
+    for n, d in [(1, 1), (2, 9), (7, 16), (13, 33), (20, 30), (40, 100), (5, 300)]:
         together = make(num_members=16, n=n, d=d, num_problems=1, lr=0.001, noise=(0.0, 0.1), weight_decay=(0, 0.1))
         alone = together.clone()
         together.advance(0, 100)
