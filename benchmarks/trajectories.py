@@ -1,6 +1,6 @@
 """What does one step of one member of the diagonal network cost, and how does the cost of a fit grow?
 
-    python benchmarks/trajectories.py             # writes benchmarks/results/trajectories.md; five minutes on one core
+    python benchmarks/trajectories.py             # writes benchmarks/results/trajectories.md; ten minutes on one core
     python benchmarks/trajectories.py --growth    # writes benchmarks/results/growth.md and growth.png; two minutes
     python benchmarks/trajectories.py --quick     # a minute's worth less of either: does it run?
 
@@ -39,6 +39,8 @@ from dlnlab.kernels.cpu import DiagonalKernel
 from dlnlab.models import DiagonalLinearNetwork
 
 ALPHA, EVERY = 0.1, 100
+LONGER = 50
+"""A fit takes so many times the steps that the kernel is timed with, about five seconds: setting up takes a quarter of one."""
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -324,7 +326,7 @@ def header(title: str, option: str = "") -> list[str]:
 
 
 def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], dict[str, int]]:
-    """Nanoseconds per step of one member, and the steps of each contender's round; fits take ten times as long."""
+    """Nanoseconds per step of one member, and the steps of each contender's round."""
     runs, steps = {}, {}
     for name, build in CONTENDERS.items():
         if (name.startswith("JAX") and not find_spec("jax")) or (
@@ -333,7 +335,7 @@ def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], 
             continue
         runs[name] = build(case)
         if name == FIT:
-            steps[name] = 10 * steps[KERNEL]
+            steps[name] = LONGER * steps[KERNEL]
         elif name == FIT_EVERY:
             steps[name] = steps_in(runs[name], 10 * seconds, steps[KERNEL])
         else:

@@ -20,7 +20,7 @@ from dlnlab.kernels.cpu_steps import LANES, PAD
 from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records
 from dlnlab.kernels.factors import Factors, floors
 
-FEWEST_LANES = 6
+FEWEST_LANES = 10
 """From so many full-batch members of one problem on, sixteen lanes take less time than one after another."""
 _SLICES_PER_THREAD = 4
 
