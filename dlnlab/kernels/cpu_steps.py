@@ -51,7 +51,7 @@ from dlnlab.kernels.vectors import (
 LANES = 16
 """Members side by side in a full-batch block."""
 PAD = 16
-"""Coordinates (and rows of transposed products) are padded to a multiple of this."""
+"""Coordinates are padded to a multiple of this."""
 STRETCH = 128
 """Columns whose eight sums are taken in turn: they stay in the first-level cache."""
 RUNNING, CONVERGED, DIVERGED = range(3)
