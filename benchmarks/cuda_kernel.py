@@ -19,8 +19,7 @@ import time
 import torch
 
 from dlnlab import streams
-from dlnlab.kernels import cpu, cuda
-from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard
+from dlnlab.kernels import Batches, Factors, Guard, cpu, cuda
 
 N, D, ALPHA = 20, 30, 0.1
 L1_BYTES_PER_CYCLE = 128
@@ -39,25 +38,23 @@ class Run:
         self.device, self.dtype, self.now = device, dtype, 0
         self.kernel = kernels.DiagonalKernel(x.to(device, dtype), (x @ teacher).to(device, dtype))
         w = torch.full((members, D), ALPHA, dtype=dtype)
-        start = DiagonalState.start(w, w.clone())
-        self.state = self._there(start)
+        self.factors = self._there(Factors.start(w, w.clone()))
         lr = 0.05 if batch_size == 0 else 0.2 / D
         self.lr = torch.full((members,), lr, dtype=dtype, device=device)
         size = torch.full((members,), batch_size, device=device)
         key = streams.keys(0, "sampling", torch.arange(members)).to(device)
         self.problem = torch.zeros_like(size)
         self.batches = Batches(size, torch.zeros_like(size), key, key, torch.zeros(members, device=device))
-        self.guard = Guard(0.0, 1e10, 100, self._there(start.clone()))
+        self.guard = Guard(0.0, 1e10, 100, self.factors.map(torch.clone))
 
-    def _there(self, state):
-        factors = state.factors.map(lambda tensor: tensor.to(self.device))
-        return DiagonalState(factors, state.square_sum.to(self.device), state.largest_step.to(self.device))
+    def _there(self, factors):
+        return factors.map(lambda tensor: tensor.to(self.device))
 
     def steps(self, count):
         """That many more steps; seconds."""
         began = time.perf_counter()
         taken = self.kernel.advance(
-            self.state, self.lr, None, self.problem, self.batches, self.now, self.now + count, guard=self.guard
+            self.factors, self.lr, None, self.problem, self.batches, self.now, self.now + count, guard=self.guard
         )  # its answer waits for the device
         assert taken == count, "a member stopped: the rates would be wrong"
         self.now += count
@@ -111,7 +108,7 @@ def main():
                     cuda.VALUES, cuda.REGISTERS = values, registers
                     run, same = Run(cuda, "cuda", members, batch_size, dtype), Run(cpu, "cpu", 8, batch_size, dtype)
                     run.steps(200), same.steps(200)
-                    torch.testing.assert_close(run.state.factors.w_plus[:8].cpu(), same.state.factors.w_plus,
+                    torch.testing.assert_close(run.factors.w_plus[:8].cpu(), same.factors.w_plus,
                                                rtol=1e-10 if dtype == torch.float64 else 1e-3, atol=0)  # fmt: skip
                     count = run.calibrate(arguments.seconds)
                     took = statistics.median(run.steps(count) for _ in range(arguments.rounds)) / count

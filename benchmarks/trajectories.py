@@ -1,7 +1,8 @@
 """What does one step of one member of the diagonal network cost, and how does the cost of a fit grow?
 
-    python benchmarks/trajectories.py             # writes benchmarks/results/trajectories.md; five minutes on one core
+    python benchmarks/trajectories.py             # writes benchmarks/results/trajectories.md; ten minutes on one core
     python benchmarks/trajectories.py --growth    # writes benchmarks/results/growth.md and growth.png; two minutes
+    python benchmarks/trajectories.py --profile   # writes benchmarks/results/profile.md; a minute
     python benchmarks/trajectories.py --quick     # a minute's worth less of either: does it run?
 
 Contenders of a case take turns, and the medians of their rounds are compared: on a shared machine trust the ratios only.
@@ -34,11 +35,13 @@ import dlnlab
 from dlnlab import Ensemble, streams
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data import SparseRegression
-from dlnlab.kernels import Batches, DiagonalState, Factors, Guard, Records, diagonal_steps
+from dlnlab.kernels import Batches, Factors, Guard, Records, diagonal_steps
 from dlnlab.kernels.cpu import DiagonalKernel
 from dlnlab.models import DiagonalLinearNetwork
 
 ALPHA, EVERY = 0.1, 100
+LONGER = 50
+"""A fit takes so many times the steps that the kernel is timed with: five seconds, a quarter of one of them to set up."""
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -210,24 +213,24 @@ def jax_scan(case: Case, product: bool) -> Callable[[int], None]:
     return run
 
 
-def kernel(case: Case, num_threads: int = 1) -> Callable[[int], None]:
+def kernel(case: Case, num_threads: int = 1, guarded: bool = True, recorded: bool = True) -> Callable[[int], None]:
     """The bare kernel, with a check of every member and its loss recorded every 100 steps."""
     engine = DiagonalKernel(torch.from_numpy(case.x)[None], torch.from_numpy(case.y)[None])
     members = case.members
-    state = DiagonalState.start(*torch.full((2, members, case.d), ALPHA, dtype=torch.float64))
+    factors = Factors.start(*torch.full((2, members, case.d), ALPHA, dtype=torch.float64))
     lr = torch.full((members,), case.lr, dtype=torch.float64)
     problem = torch.zeros(members, dtype=torch.int64)
     key = streams.keys(0, "sampling", torch.arange(members))
     size = torch.full_like(problem, case.batch_size)
     batches = Batches(size, problem, key, key, torch.zeros(members))
-    guard = Guard(0.0, 1e10, EVERY, state.clone())
+    guard = Guard(0.0, 1e10, EVERY, factors.map(torch.clone)) if guarded else None
     now = 0
 
     def run(steps: int) -> None:
         nonlocal now
-        due = range(now - now % EVERY + EVERY, now + steps + 1, EVERY)
-        records = Records.allocate(due, state)
-        arguments = state, lr, None, problem, batches, now, now + steps
+        due = range(now - now % EVERY + EVERY, now + steps + 1, EVERY) if recorded else []
+        records = Records.allocate(due, factors)
+        arguments = factors, lr, None, problem, batches, now, now + steps
         taken = engine.advance(*arguments, guard=guard, records=records, num_threads=num_threads)
         assert taken == steps, "a member stopped: the rates would be wrong"
         now += steps
@@ -324,7 +327,7 @@ def header(title: str, option: str = "") -> list[str]:
 
 
 def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], dict[str, int]]:
-    """Nanoseconds per step of one member, and the steps of each contender's round; fits take ten times as long."""
+    """Nanoseconds per step of one member, and the steps of each contender's round."""
     runs, steps = {}, {}
     for name, build in CONTENDERS.items():
         if (name.startswith("JAX") and not find_spec("jax")) or (
@@ -333,7 +336,7 @@ def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], 
             continue
         runs[name] = build(case)
         if name == FIT:
-            steps[name] = 10 * steps[KERNEL]
+            steps[name] = LONGER * steps[KERNEL]
         elif name == FIT_EVERY:
             steps[name] = steps_in(runs[name], 10 * seconds, steps[KERNEL])
         else:
@@ -390,6 +393,62 @@ def trajectories(quick: bool, folder: Path) -> None:
                 print(f"    {name:50} {ns:11,.1f} ns {_times(measured[-1][0][LEAN] / ns):>8}", flush=True)
         lines += ["", f"## {title}", "", *table(cases, measured, peak)]
     write(folder / "trajectories.md", lines)
+
+
+# Where the kernel's time goes -----------------------------------------------------------------------------------------
+
+
+def profile(quick: bool, folder: Path) -> None:
+    """The kernel with and without what happens every 100 steps, and what its steps reach."""
+    sizes, rounds, seconds = ([(4, 6, 1)], 1, 0.002) if quick else (SIZES, 7, 0.1)
+    peak = gemm_peak()
+    lines = header("The diagonal network: where the kernel's time goes", " --profile")
+    lines += [
+        "Nanoseconds per member-step, medians of interleaved rounds of process CPU time: the kernel with a check and a record of "
+        "every member every 100 steps, without the records, and without both, which leaves the steps; and of these the "
+        f"operations per second (a matrix product of size 1024 reaches {peak:.0f} GFLOP/s here) and the bytes of x that they "
+        "use per second.",
+        "",
+        "| (N, D) | E | b | NumPy, lean | kernel | without records | steps alone | GFLOP/s | x, GB/s |",
+        "| ---: " * 9 + "|",
+    ]
+    for case in [Case(*size, b) for b in (0, 1) for size in sizes]:
+        runs = {
+            "numpy": numpy_lean(case),
+            "kernel": kernel(case),
+            "guarded": kernel(case, recorded=False),
+            "steps": kernel(case, guarded=False, recorded=False),
+        }
+        steps = {name: steps_in(run, seconds) for name, run in runs.items()}
+        times = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(1e9 * seconds_per_step(run, steps[name]) / (1 if name == "numpy" else case.members))
+        ns = {name: statistics.median(found) for name, found in times.items()}
+        cells = [f"{ns[name]:,.0f}" if ns[name] > 99 else f"{ns[name]:.1f}" for name in runs]
+        read = 8 * (case.batch_size or case.n) * case.d / ns["steps"]
+        lines.append(
+            f"| ({case.n}, {case.d}) | {case.members} | {case.batch_size or 'full'} | {' | '.join(cells)} | "
+            f"{case.flops / ns['steps']:.1f} | {read:.1f} |"
+        )
+        print(lines[-1], flush=True)
+    write(folder / "profile.md", [*lines, "", *BOUNDS])
+
+
+BOUNDS = """\
+What bounds a row (measured where a number says so, else concluded from the table):
+
+- **One row a step, D <= 32**: a chain of dependent instructions of about sixty cycles. A step's factor is a sum over
+  coordinates of what the last step left: three multiplications, five additions, shuffles between them, and back into
+  every coordinate. Measured with E = 30: when the factor is taken from elsewhere, all else as it is, a step takes 19 ns in
+  place of 28; without Philox 26. Two members in turns would fill the gaps.
+- **One row a step, D = 1000**: the check, not the steps. It reads all of X (1.6 MB, of 2 MB second-level cache) for one
+  loss, twice what the hundred steps between two checks draw.
+- **Full batches, members side by side**: multiply-adds. What is missing to the matrix product is the update of the state
+  and, at (20, 30), the eight sums of a residual, which have four terms each there and have to be stored and joined. This
+  order of sums lets a member alone read x by rows: (200, 1000) E = 1 took 105 us with the order before it (even and odd
+  coordinates, read from a transposed copy), and (20, 30) E = 1000 took 54 ns.
+- **Full batches, one member, D = 1000**: reading X, once a step for both products (four rows at a time).""".splitlines()
 
 
 # Growth ---------------------------------------------------------------------------------------------------------------
@@ -483,6 +542,7 @@ def write(path: Path, lines: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", action="store_true", help="how time and memory grow")
+    parser.add_argument("--profile", action="store_true", help="where the kernel's time goes")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     arguments = parser.parse_args()
@@ -491,7 +551,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # lightning's advice on workers
-    (growth if arguments.growth else trajectories)(arguments.quick, arguments.output)
+    study = growth if arguments.growth else profile if arguments.profile else trajectories
+    study(arguments.quick, arguments.output)
 
 
 if __name__ == "__main__":

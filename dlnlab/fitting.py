@@ -452,9 +452,9 @@ class Run(LightningCLI):
 
     @property
     def slow(self) -> str | None:
-        """Why a fit does not take the closed form, if it does not."""
+        """Why a fit does not take the quickest way, if it does not."""
         linear = self.subcommand == "fit" and isinstance(self.model, LinearNetwork)
-        return self.model.path if linear and self.model.closed_form_refusal() is not None else None
+        return self.model.path if linear and self.model.path != "closed form" else None
 
     def way_on(self) -> str:
         """How a fit that was cut short goes on, the end of a sentence."""

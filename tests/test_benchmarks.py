@@ -10,7 +10,8 @@ TRAJECTORIES = Path(__file__).parents[1] / "benchmarks" / "trajectories.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "written"), [([], ["trajectories.md"]), (["--growth"], ["growth.md", "growth.png"])]
+    ("options", "written"),
+    [([], ["trajectories.md"]), (["--growth"], ["growth.md", "growth.png"]), (["--profile"], ["profile.md"])],
 )
 def test_trajectories_run(options, written, tmp_path):
     command = [sys.executable, TRAJECTORIES, "--quick", "--output", tmp_path, *options]

@@ -2,7 +2,7 @@
 
     if refusal(x.device, dim) is None:                    # else the torch steps of `dlnlab.kernels.reference`
         kernel = DiagonalKernel(x, y)
-        taken = kernel.advance(state, lr, None, problem, batches, start=0, stop=10_000)
+        taken = kernel.advance(factors, lr, None, problem, batches, start=0, stop=10_000)
 
 It means the same as `dlnlab.kernels.cpu`, and takes the same state, batches, guard and records, on the device: integers
 are equal, numbers agree to rounding, and a member's bits depend neither on the ensemble nor its order nor on where calls
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlnlab.kernels.diagonal import Batches, DiagonalState, Guard, Records
-from dlnlab.kernels.factors import PERIOD, floors
+from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records
+from dlnlab.kernels.factors import PERIOD, Factors, floors
 from dlnlab.streams import SAMPLINGS
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def registers(warps: int) -> int:
     return min(REGISTERS, 2048 // warps)
 
 
-class DiagonalKernel:
+class DiagonalKernel(Kernel):
     """Trajectories of diagonal linear networks on P problems.
 
     Args:
@@ -118,62 +118,37 @@ class DiagonalKernel:
         padded[..., : self.dim] = x
         self._problems = cuda_steps.Problems(padded, y.contiguous())
 
-    def advance(
+    def _advance(
         self,
-        state: DiagonalState,
+        factors: Factors,
         lr: Tensor,
-        decay: Tensor | None,
+        decay: Tensor,
         problem: Tensor,
         batches: Batches,
         start: int,
         stop: int,
-        status: Tensor | None = None,
-        stopped_at: Tensor | None = None,
-        guard: Guard | None = None,
-        records: Records | None = None,
-        num_threads: int = 1,
+        status: Tensor,
+        stopped_at: Tensor,
+        guard: Guard | None,
+        records: Records,
+        num_threads: int,
     ) -> int:
-        """Take the running members from step `start` to step `stop`, in place.
-
-        Args:
-            state: The members' state; contiguous tensors on the device. A member's decay is the same in all coordinates.
-            lr: Step sizes (E,).
-            decay: 1 - 2 lr weight_decay (E,), or None without weight decay.
-            problem: Which problem each member has, int64 (E,).
-            batches: What they see.
-            start: The first step.
-            stop: The step after the last.
-            status: 0 running, 1 converged, 2 diverged, int8 (E,), changed by the guard; None if all run.
-            stopped_at: Where members stopped, int64 (E,), likewise.
-            guard: When members stop; None for never.
-            records: What to write at steps in (start, stop]; a stopped member's state is repeated. A step that has both
-                a check and a record is checked first.
-            num_threads: The CPU kernel's; has no meaning here.
-
-        Returns:
-            The steps taken: stop - start, or fewer if the last running member stopped at a check before.
-        """
-        kind, device, steps = state.factors.w_plus.dtype, state.factors.w_plus.device, self._steps
-        if status is None:
-            status = torch.zeros(len(lr), dtype=torch.int8, device=device)
-        if stopped_at is None:
-            stopped_at = torch.full((len(lr),), -1, dtype=torch.int64, device=device)
-        lr = lr.to(kind)
-        decay = torch.ones_like(lr) if decay is None else decay.to(kind)
+        """See `Kernel.advance`."""
+        device, steps = lr.device, self._steps
         size = torch.where(batches.size == 0, self.num_samples, batches.size)
         members = steps.Members(
-            (lr / decay / size).to(kind), decay, problem.contiguous(), size, batches.sampling.contiguous(),
+            (lr / decay / size).to(lr.dtype), decay, problem.contiguous(), size, batches.sampling.contiguous(),
             batches.sampling_key.contiguous(), batches.noise_key.contiguous(), batches.noise_std.double(),
             status, stopped_at,
         )  # fmt: skip
-        home = self._state(state)
+        home = self._state(factors)
         kept = home if guard is None else self._state(guard.kept)
         tol, bound, every = (0.0, 0.0, 2**62) if guard is None else (guard.tol, guard.bound, guard.every_n_steps)
-        floor, near = floors(kind)
+        floor, near = floors(lr.dtype)
         reals = torch.tensor((tol, bound, floor, near, math.log(floor)), dtype=torch.float64, device=device)
-        due = [] if records is None else records.steps.tolist()
-        room_to_write = self._records(records, home, members)
-        everything = records is not None and records.state is not None
+        due = records.steps.tolist()
+        room_to_write = self._records(records, home)
+        everything = records.factors is not None
         lasts = []
         for sampled, noisy, table, rows in self._blocks(status, problem, batches, with_stopped=bool(due)):
             blocks, room = len(table), max(rows, steps.ROWS.value)
@@ -197,25 +172,19 @@ class DiagonalKernel:
             lasts.append(memory.last.max())
         return max([int(last) - start for last in lasts], default=0)
 
-    def _state(self, state: DiagonalState) -> "cuda_steps.State":
-        """A state for the kernel."""
-        sums = {"square_sum": state.square_sum, "largest_step": state.largest_step}
-        tensors = {**vars(state.factors), **sums}
-        for name, tensor in tensors.items():  # aligned: there is another compiled kernel for what is not
+    def _state(self, factors: Factors) -> "cuda_steps.State":
+        """The state for the kernel."""
+        for name, tensor in vars(factors).items():  # aligned: there is another compiled kernel for what is not
             assert tensor.is_contiguous() and tensor.data_ptr() % 16 == 0, f"{name} is part of another tensor"
-        return self._steps.State(**tensors)
+        return self._steps.State(**vars(factors))
 
-    def _records(
-        self, records: Records | None, home: "cuda_steps.State", members: "cuda_steps.Members"
-    ) -> "cuda_steps.Records":
+    def _records(self, records: Records, home: "cuda_steps.State") -> "cuda_steps.Records":
         """Records for the kernel; what is not asked for is never written, and has any tensor of the right type."""
-        if records is None:
-            return self._steps.Records(members.stopped_at, home, home.w_plus, members.status)
-        if records.state is None:
+        if records.factors is None:
             state = home._replace(w_plus=records.w_plus, w_minus=records.w_minus)
         else:
-            state = self._state(records.state)
-        return self._steps.Records(records.steps.to(home.w_plus.device), state, records.train_loss, records.status)
+            state = self._state(records.factors)
+        return self._steps.Records(records.steps, state, records.train_loss, records.status)
 
     def _blocks(
         self, status: Tensor, problem: Tensor, batches: Batches, with_stopped: bool

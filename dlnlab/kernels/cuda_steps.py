@@ -47,7 +47,7 @@ ROWS = tl.constexpr(256)
 
 
 class State(NamedTuple):
-    """`DiagonalState`: the first ten as (E, D), the sums (E,)."""
+    """`Factors`: the first ten as (E, D), the sums (E,)."""
 
     w_plus: Tensor
     w_minus: Tensor
@@ -287,9 +287,9 @@ def _loss(plus, minus, x_at, y_at, size, COLUMNS: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
-def _write(target: State, at, sum_at, inside, mask, plus, minus, product_plus, product_minus, step_sum, log_decay,
-           square_sum, largest_step, everything):  # fmt: skip
+def _write(target: State, at, sum_at, inside, mask, now, everything):
     """Registers to a state's memory, but for the exponents; `inside` masks (coordinates, members), `mask` members."""
+    plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum, largest_step = now
     tl.store(target.w_plus + at, plus, mask=inside)
     tl.store(target.w_minus + at, minus, mask=inside)
     if everything:
@@ -309,18 +309,15 @@ def _copy_exponents(source: State, source_at, target: State, target_at, inside):
 
 
 @triton.jit
-def _record(t, m, num_members, dim, j, there, inside, at, state: State, records: Records, x_at, y_at, size, status,
-            everything, plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum, largest_step,
-            COLUMNS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def _record(t, records: Records, state: State, places, now, status, loss, everything):
     """Write the block as it is as that of record step number t."""
-    tl.debug_barrier()  # exponents that a check took back
+    num_members, dim, m, j, at, inside, there = places
     row = t * num_members + m
     row_at = (row * dim)[None, :] + j[:, None]
-    _write(records.state, row_at, row, inside, there, plus, minus, product_plus, product_minus, step_sum, log_decay,
-           square_sum, largest_step, everything)  # fmt: skip
+    tl.debug_barrier()  # exponents that a check took back
+    _write(records.state, row_at, row, inside, there, now, everything)
     if everything:
         _copy_exponents(state, at, records.state, row_at, inside)
-    loss = _loss(plus, minus, x_at, y_at, size, COLUMNS, LANES)
     tl.store(records.train_loss + row, loss, mask=there)
     tl.store(records.status + row, status.to(tl.int8), mask=there)
 
@@ -380,6 +377,7 @@ def advance(blocks, members: Members, problems: Problems, state: State, kept: St
     problem = tl.load(members.problem + m)
     x_at = problems.x + (problem * size * COLUMNS)[None, :] + j[:, None]
     y_at = problems.y + problem * size
+    places = num_members, dim, m, j, at, inside, there
     rows = memory.rows + block * room * LANES
     order = memory.order + block * size * LANES
 
@@ -436,73 +434,24 @@ def advance(blocks, members: Members, problems: Problems, state: State, kept: St
             largest_step = tl.where(lost, tl.load(kept.largest_step + m), largest_step)
             _copy_exponents(kept, at, state, at, back)
             _copy_exponents(state, at, kept, at, forth)
-            _write(kept, at, m, forth, well, plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum,
-                   largest_step, True)  # fmt: skip
+            now = plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum, largest_step
+            _write(kept, at, m, forth, well, now, True)
             converged = well & (loss < tol)
             status = tl.where(lost, DIVERGED, tl.where(converged, CONVERGED, status))
             stopped_at = tl.where(lost, tl.maximum(step - every, 0), tl.where(converged, step, stopped_at))
             running = well & ~converged
             num_running = tl.sum(running.to(tl.int32), axis=0)
         if tl.load(records.steps + t, mask=t < num_records, other=stop + 1) == step:
-            _record(
-                t,
-                m,
-                num_members,
-                dim,
-                j,
-                there,
-                inside,
-                at,
-                state,
-                records,
-                x_at,
-                y_at,
-                size,
-                status,
-                everything,
-                plus,
-                minus,
-                product_plus,
-                product_minus,
-                step_sum,
-                log_decay,
-                square_sum,
-                largest_step,
-                COLUMNS,
-                LANES,
-            )
+            now = plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum, largest_step
+            loss = _loss(plus, minus, x_at, y_at, size, COLUMNS, LANES)
+            _record(t, records, state, places, now, status, loss, everything)
             t += 1
+    now = plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum, largest_step
+    loss = _loss(plus, minus, x_at, y_at, size, COLUMNS, LANES)
     while t < num_records:  # stopped members stay as they are
-        _record(
-            t,
-            m,
-            num_members,
-            dim,
-            j,
-            there,
-            inside,
-            at,
-            state,
-            records,
-            x_at,
-            y_at,
-            size,
-            status,
-            everything,
-            plus,
-            minus,
-            product_plus,
-            product_minus,
-            step_sum,
-            log_decay,
-            square_sum,
-            largest_step,
-            COLUMNS,
-            LANES,
-        )
+        _record(t, records, state, places, now, status, loss, everything)
         t += 1
-    _write(state, at, m, inside, there, plus, minus, product_plus, product_minus, step_sum, log_decay, square_sum,
-           largest_step, True)  # fmt: skip
+    _write(state, at, m, inside, there, now, True)
     tl.store(members.status + m, status.to(tl.int8), mask=there)
     tl.store(members.stopped_at + m, stopped_at, mask=there)
     tl.store(memory.last + block, step, mask=any_ran)

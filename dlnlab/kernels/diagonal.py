@@ -1,8 +1,8 @@
 """What the kernels of the diagonal network take and change, and which kernel a device has."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from dlnlab.kernels.factors import Factors
 
 
-def diagonal_kernel(x: Tensor, y: Tensor) -> Any:
+def diagonal_kernel(x: Tensor, y: Tensor) -> "Kernel | str":
     """The compiled kernel of the device that holds the problems.
 
     Args:
@@ -28,41 +28,6 @@ def diagonal_kernel(x: Tensor, y: Tensor) -> Any:
 
     refusal = cuda.refusal(x.device, x.shape[-1])
     return cuda.DiagonalKernel(x, y) if refusal is None else refusal
-
-
-@dataclass
-class DiagonalState:
-    """All that a step of any member changes.
-
-    Attributes:
-        factors: w+, w- and what the gain is computed from, tensors (E, D).
-        square_sum: Sum over steps of |x|^2, x = lr g/(1 - c) of the mini-batch gradient g: the argument of the gain. (E,),
-            float64.
-        largest_step: The largest |x_j| over steps and coordinates, (E,), float64.
-    """
-
-    factors: Factors
-    square_sum: Tensor
-    largest_step: Tensor
-
-    @classmethod
-    def start(cls, w_plus: Tensor, w_minus: Tensor) -> "DiagonalState":
-        """The state before the first step."""
-        return cls.of(Factors.start(w_plus, w_minus))
-
-    @classmethod
-    def of(cls, factors: Factors) -> "DiagonalState":
-        """The state that lies in the given factors, sharing memory with them."""
-        return cls(factors, factors.square_sum, factors.largest_step)
-
-    def clone(self) -> "DiagonalState":
-        """A copy that shares no memory."""
-        return DiagonalState(self.factors.map(torch.clone), self.square_sum.clone(), self.largest_step.clone())
-
-    def tensors(self, names: Sequence[str]) -> list[Tensor]:
-        """Those of its tensors, by the names of `Factors` and its own."""
-        tensors = {**vars(self.factors), "square_sum": self.square_sum, "largest_step": self.largest_step}
-        return [tensors[name] for name in names]
 
 
 @dataclass
@@ -105,7 +70,7 @@ class Guard:
     tol: float
     bound: float
     every_n_steps: int
-    kept: DiagonalState
+    kept: Factors
 
 
 @dataclass
@@ -118,7 +83,7 @@ class Records:
         w_minus: Likewise.
         train_loss: Full clean data loss (T, E).
         status: (T, E), int8.
-        state: The whole `DiagonalState` with a leading T, sharing w+ and w-, or None. Its initial values are not filled.
+        factors: All of the state with a leading T, sharing w+ and w-, or None. Its initial values are not filled.
     """
 
     steps: Tensor
@@ -126,18 +91,93 @@ class Records:
     w_minus: Tensor
     train_loss: Tensor
     status: Tensor
-    state: DiagonalState | None = None
+    factors: Factors | None = None
 
     @classmethod
-    def allocate(cls, steps: Sequence[int], state: DiagonalState, everything: bool = False) -> "Records":
+    def allocate(cls, steps: Sequence[int], factors: Factors, everything: bool = False) -> "Records":
         """Room for the records of a state at some steps; `everything` asks for all of the state."""
 
         def room(like: Tensor) -> Tensor:
             return torch.empty(len(steps), *like.shape, dtype=like.dtype, device=like.device)
 
-        factors = state.factors.map(room if everything else lambda like: like.new_empty(0, *like.shape))
-        factors.w_plus, factors.w_minus = room(state.factors.w_plus), room(state.factors.w_minus)
-        whole = DiagonalState(factors, room(state.square_sum), room(state.largest_step)) if everything else None
-        loss = room(state.square_sum).to(state.factors.w_plus.dtype)
+        whole = factors.map(room) if everything else None
+        w_plus, w_minus = (
+            (room(factors.w_plus), room(factors.w_minus)) if whole is None else (whole.w_plus, whole.w_minus)
+        )
+        loss = room(factors.square_sum).to(w_plus.dtype)
         at = torch.tensor(steps, dtype=torch.int64, device=loss.device)
-        return cls(at, factors.w_plus, factors.w_minus, loss, loss.to(torch.int8), whole)
+        return cls(at, w_plus, w_minus, loss, loss.to(torch.int8), whole)
+
+
+class Kernel(ABC):
+    """Trajectories of diagonal linear networks on P problems, on one device."""
+
+    def advance(
+        self,
+        factors: Factors,
+        lr: Tensor,
+        decay: Tensor | None,
+        problem: Tensor,
+        batches: Batches,
+        start: int,
+        stop: int,
+        status: Tensor | None = None,
+        stopped_at: Tensor | None = None,
+        guard: Guard | None = None,
+        records: Records | None = None,
+        num_threads: int = 1,
+    ) -> int:
+        """Take the running members from step `start` to step `stop`, in place.
+
+        Args:
+            factors: The members' state; contiguous tensors (E, D) on the kernel's device. A member's decay is the same in
+                all coordinates.
+            lr: Step sizes (E,).
+            decay: 1 - 2 lr weight_decay (E,), or None without weight decay.
+            problem: Which problem each member has, int64 (E,).
+            batches: What they see.
+            start: The first step.
+            stop: The step after the last.
+            status: 0 running, 1 converged, 2 diverged, int8 (E,), changed by the guard; None if all run.
+            stopped_at: Where members stopped, int64 (E,), likewise.
+            guard: When members stop; None for never.
+            records: What to write at steps in (start, stop]; a stopped member's state is repeated. A step that has both
+                a check and a record is checked first.
+            num_threads: Threads of a CPU that share the members.
+
+        Returns:
+            The steps taken: stop - start, or fewer if the last running member stopped at a check before.
+        """
+        lr = lr.to(factors.w_plus.dtype)
+        return self._advance(
+            factors,
+            lr,
+            torch.ones_like(lr) if decay is None else decay.to(lr.dtype),
+            problem,
+            batches,
+            start,
+            stop,
+            torch.zeros_like(problem, dtype=torch.int8) if status is None else status,
+            torch.full_like(problem, -1) if stopped_at is None else stopped_at,
+            guard,
+            Records.allocate([], factors) if records is None else records,
+            num_threads,
+        )
+
+    @abstractmethod
+    def _advance(
+        self,
+        factors: Factors,
+        lr: Tensor,
+        decay: Tensor,
+        problem: Tensor,
+        batches: Batches,
+        start: int,
+        stop: int,
+        status: Tensor,
+        stopped_at: Tensor,
+        guard: Guard | None,
+        records: Records,
+        num_threads: int,
+    ) -> int:
+        """`advance` on the device, nothing left out."""

@@ -199,9 +199,7 @@ class LinearNetwork(LightningModule):
         Returns:
             Losses (G,).
         """
-        error = batch.predictions(self.predictor()[batch.members]) - batch.targets
-        squares = error.square()
-        return (squares if squares.ndim == 2 else squares.sum(-1)).mean(-1) / 2
+        return batch.losses(self.predictor()[batch.members])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer gets: torch parameter groups; a group with `form` is a pair of factors (`GainSGD`)."""

@@ -6,6 +6,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_ERRORS = 2**17
+"""Errors of a full batch that are held at once, where no gradient keeps them: a large block of memory, freed and asked
+for again between small ones, leaves holes that nothing fits into."""
+
 
 class Layout:
     """Members sorted by the problem they share, so that each problem's x enters one matrix product.
@@ -80,8 +84,31 @@ class Batch:
             return self.layout.collect(x[:, None] @ spread.mT)
         return self.layout.collect(spread @ x.mT)
 
+    def losses(self, predictor: Tensor) -> Tensor:
+        """1/(2B) times the sum of squared errors, (G,), for predictors as in `predictions`."""
+        if self.problem is None:
+            return _half_mean_squares(self.predictions(predictor) - self.targets)
+        spread = self.layout.spread(predictor)  # (P', M, [K,] D)
+        noise = None if self.noise is None else self.layout.spread(self.noise)
+        each = spread.shape[1] * self.y.shape[1:].numel()
+        step, found = max(1, _ERRORS // max(1, each)), []
+        for first in range(0, max(1, len(spread)), step):
+            now = slice(first, first + step)
+            problems = self.layout.problems[now]
+            x, y = (self.x, self.y) if len(problems) == len(self.x) else (self.x[problems], self.y[problems])
+            predicted = x[:, None] @ spread[now].mT if spread.ndim == 4 else spread[now] @ x.mT
+            error = predicted - y[:, None]
+            found.append(_half_mean_squares(error if noise is None else error - noise[now], 2))
+        return self.layout.collect(torch.cat(found))
+
     @property
     def targets(self) -> Tensor:
         """Y as each member sees it, (G, B[, K])."""
         y = self.y if self.problem is None else self.y[self.problem]
         return y if self.noise is None else y + self.noise
+
+
+def _half_mean_squares(error: Tensor, axes: int = 1) -> Tensor:
+    """Errors (..., B[, K]) behind a number of leading axes -> half the mean over B of the squared sums over K."""
+    squares = error.square()
+    return (squares if squares.ndim == axes + 1 else squares.sum(-1)).mean(-1) / 2

@@ -1,6 +1,7 @@
 """The diagonal linear network, x -> <u*v, x>."""
 
 import os
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -132,7 +133,16 @@ class DiagonalLinearNetwork(LinearNetwork):
         """How this model is advanced, and why."""
         path = super().path
         stepwise = self.closed_form_refusal() is None and isinstance(self._optimizer, GainSGD)
-        return f"{path}, in torch: {self.kernel}" if stepwise and isinstance(self.kernel, str) else path
+        refusal = self.kernel_refusal() if stepwise else None
+        return path if refusal is None else f"{path}, in torch: {refusal}"
+
+    def kernel_refusal(self) -> str | None:
+        """Why the closed form runs in torch and not in the device's kernel, or None if it does not."""
+        if isinstance(self.kernel, str):
+            return self.kernel
+        if type(self).variables is not LinearNetwork.variables:
+            return f"{type(self).__name__} has its own variables, which the kernel does not record"
+        return None
 
     def restart(self) -> None:
         """See `LinearNetwork.restart`; the data may be others."""
@@ -144,8 +154,7 @@ class DiagonalLinearNetwork(LinearNetwork):
     ) -> tuple[int, dict[str, Tensor]]:
         """Steps in w+, w- without autograd; see `LinearNetwork.advance_closed_form`."""
         if isinstance(self._optimizer, GainSGD):
-            compiled = not isinstance(self.kernel, str) and all(name in self._recordable() for name in variables)
-            if compiled and len(self.running):
+            if self.kernel_refusal() is None and len(self.running):
                 return self._advance_compiled(k, record_steps, variables, guard)
             advance = self._advance_members
         else:
@@ -186,32 +195,30 @@ class DiagonalLinearNetwork(LinearNetwork):
         if guard is not None:
             self.begin(start)
             kept = {name.rpartition(".")[2]: value for name, value in self._kept.items()}
-            rule = kernels.Guard(
-                self.guard_tol, guard.bound, guard.every_n_steps, kernels.DiagonalState.of(Factors(**kept))
-            )
-        state = kernels.DiagonalState.of(optimizer.factors(group))
+            rule = kernels.Guard(self.guard_tol, guard.bound, guard.every_n_steps, Factors(**kept))
+        factors = optimizer.factors(group)
         everything = not _PREDICTOR_ONLY.issuperset(variables)
         row = (10 if everything else 2) * 8 * self.w_plus.numel()
         if len(record_steps) > (most := max(1, _RECORD_BYTES // row)):  # so that memory stays bounded
             record_steps = record_steps[:most]
             k = record_steps[-1] - start
-        records = kernels.Records.allocate(record_steps, state, everything)
+        records = kernels.Records.allocate(record_steps, factors, everything)
         taken = self.kernel.advance(
-            state, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
+            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
             start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
         return taken, self._recorded(records, reached, variables, lr)
 
-    def _recordable(self) -> set[str]:
-        """The variables that follow from what the kernel records."""
-        return {*_PREDICTOR_ONLY, *_OF_FACTORS} if type(self).variables is LinearNetwork.variables else set()
-
     def _recorded(self, records: Any, reached: int, variables: tuple[str, ...], lr: Tensor) -> dict[str, Tensor]:
         """The kernel's records of the steps it has reached -> variables (T, E, ...)."""
         w_plus, w_minus = records.w_plus[:reached], records.w_minus[:reached]
         beta = (w_plus.square() - w_minus.square()) / 2
+        if records.factors is not None:
+            now = self._optimizer.factors(self._optimizer.pairs[0])
+            factors = records.factors.map(lambda tensor: tensor[:reached])
+            factors = replace(factors, initial_plus=now.initial_plus, initial_minus=now.initial_minus)
         values = {"status": records.status[:reached]}
         for name in variables:
             if name == "beta":
@@ -224,12 +231,9 @@ class DiagonalLinearNetwork(LinearNetwork):
                 values[name] = (beta - self.problems.teacher[self.problem_index]).square().sum(-1)
             elif name == "test_loss":
                 batch = self.full_batch(test=True)
-                rows = [(batch.predictions(row) - batch.targets).square().mean(-1) / 2 for row in beta]
+                rows = [batch.losses(row) for row in beta]
                 values[name] = torch.stack(rows) if rows else beta[..., 0]
             else:
-                factors = records.state.factors.map(lambda tensor: tensor[:reached])
-                now = self._optimizer.factors(self._optimizer.pairs[0])
-                factors.initial_plus, factors.initial_minus = now.initial_plus, now.initial_minus
                 values[name] = _OF_FACTORS[name](factors)
         return values
 
@@ -252,7 +256,7 @@ class DiagonalLinearNetwork(LinearNetwork):
             state = whole.map(lambda tensor: tensor[places])  # noqa: B023 - used at once
             lr = _spread(group["lr"], places, self.number_type)
             kappa = _spread(group["weight_decay"], places, self.number_type)
-            decay = None if kappa is None or not bool((kappa != 0).any()) else 1 - 2 * lr * kappa
+            decay = 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None
             diagonal_steps(state, lr, decay, gradient, start, stop)
             for target, source in zip(vars(whole).values(), vars(state).values(), strict=True):
                 target[chosen] = source if layout is None else layout.collect(source)
@@ -340,7 +344,7 @@ def _num_threads() -> int:
     return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
-def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor:
     """A hyperparameter of each member (or of all) at the members' places, with a trailing axis for coordinates."""
     value = torch.as_tensor(value, dtype=dtype, device=places.device)
     return value if value.ndim == 0 else value[places][..., None]

@@ -57,9 +57,9 @@ def advance(setting, start, stop, **kwargs):
     """The kernel on the device, results back where they came from."""
     there, options = moved(setting, DEVICE), {name: moved(value, DEVICE) for name, value in kwargs.items()}
     taken = cuda.DiagonalKernel(there.x, there.y).advance(
-        there.state, there.lr, there.decay, there.problem, there.batches, start, stop, **options
+        there.factors, there.lr, there.decay, there.problem, there.batches, start, stop, **options
     )
-    write_back(setting.state, there.state)
+    write_back(setting.factors, there.factors)
     for name, value in kwargs.items():
         write_back(value, options[name])
     return taken
@@ -113,7 +113,7 @@ def test_other_shapes_agree_with_the_reference(n, d):
 def test_factors_near_the_floor_are_held_as_the_reference_holds_them(dtype):
     small = 1e-130 if dtype == torch.float64 else 1e-11
     ours = make(num_members=3, num_problems=1, dtype=dtype)
-    factors = ours.state.factors
+    factors = ours.factors
     factors.w_minus[:, 0], factors.initial_minus[:, 0] = small, small
     factors.w_plus[:, 1], factors.initial_plus[:, 1] = -small, -small
     factors.w_minus[:, 2], factors.initial_minus[:, 2] = 0, 0  # stays zero
@@ -124,8 +124,8 @@ def test_factors_near_the_floor_are_held_as_the_reference_holds_them(dtype):
     theirs = ours.clone()
     advance(ours, 0, 64)
     reference(theirs, 0, 64)
-    assert (ours.state.factors.w_minus[:, 2] == 0).all()
-    assert ours.state.factors.w_minus[:, 0].abs().min() > 0
+    assert (ours.factors.w_minus[:, 2] == 0).all()
+    assert ours.factors.w_minus[:, 0].abs().min() > 0
     # exp of a logarithm near 300 has 300 times the rounding of the logarithm; 64 steps of float32 otherwise.
     assert_close(ours, theirs, 1e-12 if dtype == torch.float64 else 64 * SUM_ULPS * 1.2e-7)
 
@@ -157,8 +157,8 @@ def test_checks_and_records_change_no_bit():
     plain = make(num_members=6, sizes=(0, 1, 2))
     watched = plain.clone()
     advance(plain, 20, 60)
-    records = Records.allocate([21, 33, 60], watched.state, everything=True)
-    advance(watched, 20, 60, guard=Guard(0.0, 1e10, 7, watched.state.clone()), records=records)
+    records = Records.allocate([21, 33, 60], watched.factors, everything=True)
+    advance(watched, 20, 60, guard=Guard(0.0, 1e10, 7, watched.factors.map(torch.clone)), records=records)
     assert_same_bits(plain, watched)
 
 
@@ -168,7 +168,7 @@ def test_members_that_have_stopped_do_not_move():
     assert advance(setting, 0, 40, status=status) == 40
     stopped = torch.tensor([3, 4])
     assert_same_bits(setting.pick(stopped), before.pick(stopped))
-    assert not torch.equal(setting.state.factors.w_plus[5], before.state.factors.w_plus[5])
+    assert not torch.equal(setting.factors.w_plus[5], before.factors.w_plus[5])
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_the_guard_freezes_and_takes_back_as_the_reference_does(sizes, narrow):
     setting.lr[1::5] = 50.0  # these diverge at once
     theirs = setting.clone()
     status, stopped_at = torch.zeros(9, dtype=torch.int8), torch.full((9,), -1)
-    guard = Guard(1e-2, 1e10, 20, setting.state.clone())
+    guard = Guard(1e-2, 1e10, 20, setting.factors.map(torch.clone))
     taken = advance(setting, 0, 400, status=status, stopped_at=stopped_at, guard=guard)
     expected = guarded_reference(theirs, 400, 1e-2, 1e10, 20)
     assert set(expected[0]) == {CONVERGED, DIVERGED}
@@ -221,7 +221,7 @@ def test_the_guard_is_the_same_however_a_run_is_cut(monkeypatch):
     results = []
     for cuts, seconds in (([0, 120], 0.2), ([0, 3, 50, 64, 120], 0.2), ([0, 120], 0)):
         monkeypatch.setattr(cuda, "LAUNCH_SECONDS", seconds)
-        setting, kept = whole.clone(), whole.state.clone()
+        setting, kept = whole.clone(), whole.factors.map(torch.clone)
         status, stopped_at = torch.zeros(6, dtype=torch.int8), torch.full((6,), -1)
         guard, taken = Guard(1e-2, 1e10, 25, kept), 0
         for start, stop in pairwise(cuts):
@@ -238,20 +238,20 @@ def test_the_guard_is_the_same_however_a_run_is_cut(monkeypatch):
 def test_records_are_the_states_that_shorter_runs_end_with(everything, narrow, monkeypatch):
     setting = make(num_members=9, sizes=(0, 0, 1), num_problems=1)
     first, steps = setting.clone(), [1, 32, 40]
-    records = Records.allocate(steps, setting.state, everything)
+    records = Records.allocate(steps, setting.factors, everything)
     monkeypatch.setattr(cuda, "LAUNCH_SECONDS", 0)
     advance(setting, 0, 40, records=records)
     for t, step in enumerate(steps):
         shorter = first.clone()
         advance(shorter, 0, step)
-        assert torch.equal(records.w_plus[t], shorter.state.factors.w_plus)
-        assert torch.equal(records.w_minus[t], shorter.state.factors.w_minus)
+        assert torch.equal(records.w_plus[t], shorter.factors.w_plus)
+        assert torch.equal(records.w_minus[t], shorter.factors.w_minus)
         torch.testing.assert_close(records.train_loss[t], full_loss(shorter), rtol=1e-10, atol=1e-28)  # r cancels
         if everything:
             for name in ("product_plus", "exponent_minus", "step_sum", "log_decay"):
-                assert torch.equal(getattr(records.state.factors, name)[t], getattr(shorter.state.factors, name))
-            assert torch.equal(records.state.square_sum[t], shorter.state.square_sum)
-            assert torch.equal(records.state.largest_step[t], shorter.state.largest_step)
+                assert torch.equal(getattr(records.factors, name)[t], getattr(shorter.factors, name))
+            assert torch.equal(records.factors.square_sum[t], shorter.factors.square_sum)
+            assert torch.equal(records.factors.largest_step[t], shorter.factors.largest_step)
     assert (records.status == 0).all()
 
 
@@ -259,12 +259,12 @@ def test_records_are_the_states_that_shorter_runs_end_with(everything, narrow, m
 def test_records_of_a_stopped_member_repeat_what_it_stopped_with(num_members):
     setting = make(num_members=num_members, num_problems=1)
     setting.lr[0] = 50.0
-    kept = setting.state.clone()
-    records = Records.allocate([5, 40, 41, 80], setting.state)
+    kept = setting.factors.map(torch.clone)
+    records = Records.allocate([5, 40, 41, 80], setting.factors)
     taken = advance(setting, 0, 80, guard=Guard(0.0, 1e3, 20, kept), records=records)
     assert taken == (20 if num_members == 1 else 80)
     assert records.status[:, 0].tolist() == [0, DIVERGED, DIVERGED, DIVERGED]
     assert not records.train_loss[0, 0] <= 1e3  # between the check that kept it and the one that found it
     for t in (1, 2, 3):
-        assert torch.equal(records.w_plus[t, 0], setting.state.factors.initial_plus[0])
+        assert torch.equal(records.w_plus[t, 0], setting.factors.initial_plus[0])
     assert (records.status[:, 1:] == 0).all()

@@ -70,7 +70,7 @@ def compiled(monkeypatch):
 
 def advance(setting, start, stop, **options):
     cuda.DiagonalKernel(setting.x, setting.y).advance(
-        setting.state, setting.lr, setting.decay, setting.problem, setting.batches, start, stop, **options
+        setting.factors, setting.lr, setting.decay, setting.problem, setting.batches, start, stop, **options
     )
 
 
@@ -80,9 +80,9 @@ def test_one_kernel_for_an_h200_serves_every_ensemble_chunk_guard_and_record(com
     for num_members, n, start, stop in ((1, 20, 0, 1), (16, 16, 2**33, 2**33 + 64)):
         setting = make(num_members=num_members, n=n, d=30)
         advance(setting, start, stop)
-        guard = Guard(0.0, 1e10, 16, setting.state.clone())
+        guard = Guard(0.0, 1e10, 16, setting.factors.map(torch.clone))
         for everything in (False, True):
-            advance(setting, start, stop, guard=guard, records=Records.allocate([stop], setting.state, everything))
+            advance(setting, start, stop, guard=guard, records=Records.allocate([stop], setting.factors, everything))
     assert len(compiled) == 6
     assert len({kernel.hash for kernel in compiled}) == 1
     # The one layout of tensors (coordinates, members), on which the cost of a sum over coordinates depends.

@@ -570,6 +570,18 @@ def test_a_subclass_with_a_law_of_its_own_leaves_the_closed_form(fit):
     np.testing.assert_allclose(model.w_plus.detach(), plain.w_plus.detach(), atol=1e-13)  # 2 <beta, x> = <beta, 2 x>
 
 
+def test_a_subclass_with_variables_of_its_own_says_that_it_leaves_the_kernel(fit):
+    class Measured(DiagonalLinearNetwork):
+        def variables(self):
+            return {**super().variables(), "largest": lambda: self.predictor().abs().amax(-1)}
+
+    model, _ = train(fit, Measured, problems(), 30, {"lr": [0.05]})
+    plain, _ = train(fit, DiagonalLinearNetwork, problems(), 30, {"lr": [0.05]})
+    reason = "Measured has its own variables, which the kernel does not record"
+    assert model.path == f"closed form, in torch: {reason}"
+    np.testing.assert_allclose(model.w_plus.detach(), plain.w_plus.detach(), atol=1e-14)  # 30 roundings
+
+
 def test_a_subclass_that_only_starts_elsewhere_keeps_the_closed_form(fit):
     class Elsewhere(DiagonalLinearNetwork):
         def build(self, num_features, num_outputs):
