@@ -12,7 +12,7 @@ import pytest
 import reliability as study
 from reliability import GENERIC, LAST, RUN, SMALL, Program, at_step, difference
 
-from dlnlab import fitting, load_results
+from dlnlab import load_results, run_directory
 from dlnlab.results import ResultError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every trial is a fork")
@@ -300,7 +300,7 @@ def test_damage_of_the_header_is_detected_and_mended_by_a_resume(program, refere
 def test_no_two_of_sixteen_processes_claim_one_directory(tmp_path):
     def claim():
         for _ in range(8):
-            fitting.claim(tmp_path / "runs").joinpath("mine").touch(exist_ok=False)
+            run_directory.claim(tmp_path / "runs").joinpath("mine").touch(exist_ok=False)
         return 0
 
     ready, go = os.pipe()

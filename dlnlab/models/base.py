@@ -204,6 +204,16 @@ class LinearNetwork(LightningModule):
         """What the optimizer gets: torch parameter groups; a group with `form` is a pair of factors (`GainSGD`)."""
         return [{"params": list(self.parameters())}]
 
+    @torch.no_grad()
+    def start_from(self, parameters: dict[str, Tensor]) -> None:
+        """Take over the parameters another model has ended with, as the beginning of a new fit; all of them, as they are.
+
+        Args:
+            parameters: By name, the names and shapes those of this model, which has been set up.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.copy_(parameters[name])
+
     def advance_closed_form(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
     ) -> tuple[int, dict[str, Tensor]]:
