@@ -216,11 +216,11 @@ class Run(LightningCLI):
         self.ckpt_path: str | None = self.config[self.subcommand].ckpt_path
         self._keep_random_state()
 
+    fit = validate = test = predict = _remember  # what LightningCLI calls; `carry_out` does it, after `check`
+
     def _keep_random_state(self) -> None:
         """Of the generators plain modules draw from: what else is built or run in between does not change the run."""
         self._random = _collect_rng_states(torch.cuda.is_initialized())
-
-    fit = validate = test = predict = _remember  # what LightningCLI calls; `carry_out` does it, after `check`
 
     # Checking ---------------------------------------------------------------------------------------------------------
 

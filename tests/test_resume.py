@@ -152,6 +152,17 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path):
     assert saved.load_checkpoint(tmp_path / "last.ckpt.previous") == {"global_step": 1}
 
 
+def test_a_resume_reads_its_checkpoint_once(program, reference, finished):
+    def count(_):
+        read = study.AtomicCheckpointIO.load_checkpoint.__globals__
+        whole = read["read_checkpoint"]
+        read["read_checkpoint"] = lambda *given: print("read", given[0].name) or whole(*given)
+
+    code, output = program(finished, resume=True, before=count)
+    assert code == 0
+    assert output.count("read last.ckpt") == 1
+
+
 def test_a_checkpoint_of_parameters_alone_is_no_place_to_go_on_from(program, finished):
     saved = study.AtomicCheckpointIO()
     whole = saved.load_checkpoint(finished / LAST)
