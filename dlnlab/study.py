@@ -79,7 +79,6 @@ class Study:
         """By name, in the order in which they are carried out."""
         self.after: dict[str, str | None] = {}
         """Variant -> the run from whose end it starts."""
-        self._new: set[str] = set()  # variants that do not go on from a checkpoint
         self.write = write
         if self.main.subcommand != "fit":
             return
@@ -202,23 +201,28 @@ class Study:
         """Point a variant at its start and its directory."""
         run, source = self.runs[name], self.after[name]
         start = None if source is None else self._stand(source)
-        if run.checkpoint is not None and start is not None:
-            before = run.resolved["init_from"]
-            if source in self._new or not before.endswith(f"@{start.step}"):
-                print(
-                    f"dlnlab fit: {run.directory} begins anew: it started from {before}, which has changed",
-                    file=sys.stderr,
-                )
-                run.checkpoint = None
-        if run.checkpoint is None:
-            self._new.add(name)
+        changed = start is not None and not str(run.resolved["init_from"]).endswith(f"@{start.step}")
+        if run.checkpoint is None or changed:
             if self.write and run.directory is None:
                 run.claim(self._folder(self.main.directory, name))
-            run.begin_anew()
+            self._forget(name)
             if start is not None:
                 run.start_from(start)
         if self.write:
             run.tie()
+
+    def _forget(self, name: str) -> None:
+        """Let a variant begin anew, and before it those that start from its end, which a crash must not leave behind."""
+        for other, source in self.after.items():
+            if source == name:
+                self._forget(other)
+        run = self.runs[name]
+        if run.checkpoint is not None:
+            print(
+                f"dlnlab fit: {run.directory} begins anew: it started from {run.resolved['init_from']}, which has changed",
+                file=sys.stderr,
+            )
+        run.begin_anew()
 
     def results(self) -> dict[str, xr.Dataset]:
         """What the runs of a fit have recorded: `main`, then the variants in the order written."""

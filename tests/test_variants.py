@@ -326,6 +326,24 @@ def test_a_study_that_is_extended_is_the_longer_study(reference, tmp_path):
 
 
 @needs_fork
+def test_a_variant_does_not_go_on_from_what_its_source_was_before_the_study_was_extended(tmp_path):
+    def study(steps):
+        variants = {name: {**VARIANTS[name], "trainer": {"max_steps": 20}} for name in ("slow", "last")}
+        config = {**CONFIG, "trainer": {"max_steps": steps}, "variants": variants}
+        return Program(config, tmp_path / f"config-{steps}")
+
+    assert study(40)(tmp_path / "short")[0] == 0
+    longer = study(60)
+    assert longer(tmp_path / "straight")[0] == 0
+    killed = in_order(longer, "slow", reliability.die)  # `last` has a checkpoint, and both sources end at step 20
+    assert longer(tmp_path / "short", resume=True, before=killed)[0] == KILLED
+    assert longer(tmp_path / "short", resume=True)[0] == 0
+    for path in (RUN, FOLDERS["slow"], FOLDERS["last"]):
+        one, other = (dlnlab.load_results(tmp_path / folder / path) for folder in ("short", "straight"))
+        assert one.identical(other), path
+
+
+@needs_fork
 def test_a_resume_of_a_changed_study_is_refused_and_new_variants_run(program, reference, tmp_path, fit):
     shutil.copytree(reference / RUN, tmp_path / RUN)
 
