@@ -37,7 +37,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util
 
 import dlnlab
-from dlnlab import Ensemble, fitting, load_results
+from dlnlab import Ensemble, fitting, load_results, study
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SparseRegression
@@ -143,7 +143,7 @@ class Program:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "trial.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         with fitting.quiet():
-            self.run = fitting.Run(["fit", "--config", str(folder / "trial.yaml"), *arguments])
+            self.study = study.Study(["fit", "--config", str(folder / "trial.yaml"), *arguments])
         torch.set_num_threads(1)
 
     def __call__(
@@ -163,11 +163,11 @@ class Program:
         """
 
         def fit() -> int:
-            self.run._arguments["ckpt_path"] = str(LAST if resume is True else resume) if resume else None
+            self.study.main.ckpt_path = str(LAST if resume is True else resume) if resume else None
             if before is not None:
-                before(self.run)
-            fitting.Run = lambda argv: self.run
-            return fitting.main(["fit"])
+                before(self.study.main)
+            study.Study = lambda argv: self.study
+            return study.main(["fit"])
 
         return in_child(fit, folder, after)
 

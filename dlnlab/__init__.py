@@ -14,6 +14,7 @@ _HOMES = {
     "Ensemble": "dlnlab.ensemble",
     "load_results": "dlnlab.results",
     "run": "dlnlab.interactive",
+    "run_all": "dlnlab.interactive",
     "simulate": "dlnlab.interactive",
 }
 _ROOMS = ("callbacks", "data", "figures", "models", "optim", "streams", "theory")

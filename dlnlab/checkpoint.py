@@ -21,6 +21,9 @@ class AtomicCheckpointIO(CheckpointIO):
     Only tensors and plain containers are ever loaded (`weights_only=True`).
     """
 
+    def __init__(self) -> None:
+        self._ahead: dict[Path, dict[str, Any]] = {}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint; a full disk or a crash leaves the one before untouched.
 
@@ -45,6 +48,8 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         del weights_only
         path = Path(path)
+        if path in self._ahead:
+            return self._ahead.pop(path)
         try:
             return read_checkpoint(path, map_location)
         except CheckpointError as error:
@@ -54,6 +59,15 @@ class AtomicCheckpointIO(CheckpointIO):
             checkpoint = read_checkpoint(previous, map_location)
             warnings.warn(f"{error}; using {previous}, step {checkpoint.get('global_step')}, instead", stacklevel=2)
             return checkpoint
+
+    def read_ahead(self, path: str | Path) -> dict[str, Any]:
+        """Read a checkpoint as `load_checkpoint` does, which then gives it, once, without reading it again.
+
+        Raises:
+            CheckpointError: As `load_checkpoint`.
+        """
+        self._ahead[Path(path)] = checkpoint = self.load_checkpoint(path)
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and the one it replaced."""

@@ -20,7 +20,7 @@ Ctrl-C and SIGTERM end a fit in order, with a checkpoint, and it says how to go 
 """
 
 # Command -> the function that carries it out, imported only when it is called for.
-COMMANDS = {command: "dlnlab.fitting:main" for command in ("fit", "validate", "test", "predict")}
+COMMANDS = {command: "dlnlab.study:main" for command in ("fit", "validate", "test", "predict")}
 COMMANDS["export"] = "dlnlab.export:main"
 
 

@@ -1,4 +1,4 @@
-"""A config -> a checked run -> a run directory. All is checked in memory before anything is made on disk."""
+"""A command line -> a run that is checked in memory before anything is made on disk, then carried out."""
 
 import contextlib
 import inspect
@@ -6,21 +6,19 @@ import json
 import logging
 import os
 import platform
-import re
-import shutil
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
 import torch
+import xarray as xr
 import yaml
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,56 +27,28 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
 from dlnlab import checks, strict_yaml
+from dlnlab import config as configs
 from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
-from dlnlab.ensemble import Ensemble
 from dlnlab.figures import Figure
 from dlnlab.files import hold, remove_leftovers, write_atomic
-from dlnlab.messages import about, explain, home, trainer_mistake
+from dlnlab.messages import about, home, trainer_mistake
 from dlnlab.models import LinearNetwork
-from dlnlab.results import HEADER, ResultError, load_results, verify_segments
+from dlnlab.results import HEADER, load_results, verify_segments
+from dlnlab.run_directory import claim, empty, give_back
 from dlnlab.start import Start
 
 _LOGS = "lightning_logs"
-_FIXED = ("ensemble", "model", "data", "seed", "guard", "record")
-"""Sections that a resumed run must share with its checkpoint (the model but for max_chunk)."""
-
-
-def main(argv: list[str]) -> int:
-    """Carry out fit, validate, test or predict; see `dlnlab.cli.main` for the exit codes."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the tensors here are small: more threads wait for each other
-    command = argv[0]
-    try:
-        with quiet():
-            run = Run(argv)
-            run.check()
-    except Exception as error:  # whatever it is, nothing was made yet, and there is nothing to save
-        if "DLNLAB_TRACEBACK" in os.environ:
-            traceback.print_exc()
-        print(f"dlnlab {command}: {explain(error)}", file=sys.stderr)
-        return 2
-    if run.slow is not None:
-        print(f"dlnlab {command}: {run.slow}", file=sys.stderr)
-    try:
-        with without_noise():
-            run.carry_out()
-    except Interrupted as end:
-        print(f"dlnlab {command}: {end}", file=sys.stderr)
-        print(f"run: {run.directory}")
-        return 128 + end.signal
-    except Exception as error:
-        if not isinstance(error, OSError | CheckpointError | ResultError):  # a full disk needs no traceback, a bug does
-            traceback.print_exc()
-        print(f"dlnlab {command}: {run.where()}: {explain(error)}{run.way_on()}", file=sys.stderr)
-        return 1
-    run.announce()
-    return 0
+_CKPT_PATH = {
+    "fit": "RUN/checkpoints/last.ckpt or any other: go on from there, in the run directory RUN and to the same end as if "
+    "there had been no interruption; the run's variants go on from their own last checkpoints.",
+    "evaluation": "The checkpoint whose parameters are taken.",
+}
 
 
 class Interrupted(KeyboardInterrupt):
-    """A fit that a signal has ended in order; says at which step, and how it goes on.
+    """A fit that a signal has ended in order; says at which step.
 
     Args:
         message: That.
@@ -91,7 +61,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Run(LightningCLI):
-    """One command line: parsed and built by the constructor, then checked, then carried out.
+    """One command line: parsed and built by the constructor, then checked, then carried out; without its variants.
 
     Args:
         argv: The command and its arguments.
@@ -101,6 +71,9 @@ class Run(LightningCLI):
 
     def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
         self.directory: Path | None = None
+        self.checkpoint: dict[str, Any] | None = None
+        """What a resumed run goes on from, until it does."""
+        self.checkpoint_io = AtomicCheckpointIO()
         self._last_checkpoint: Path | None = None
         self._let_go = contextlib.ExitStack()
         self.write = write
@@ -123,8 +96,11 @@ class Run(LightningCLI):
     # Parsing ----------------------------------------------------------------------------------------------------------
 
     def subcommands(self) -> dict[str, set[str]]:
-        """The one that is called (each builds a parser), without `weights_only`: checkpoints are always loaded so."""
-        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only"}}
+        """The one that is called (each builds a parser).
+
+        Without `weights_only`, because checkpoints are always loaded so; `ckpt_path` is our own key.
+        """
+        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only", "ckpt_path"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our own keys."""
@@ -135,9 +111,14 @@ class Run(LightningCLI):
                             "0, from the parameters of another run's last checkpoint, or the one of STEP.")  # fmt: skip
         parser.add_argument("--ensemble", type=dict[str, Any], default={}, help="Named axes, whose product is the "
                             "members: {lr: {log10: [-2, 0, 9]}, batch_size: [1, full], seed: 20}.")  # fmt: skip
+        about_checkpoint = _CKPT_PATH["fit" if self.command == "fit" else "evaluation"]
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=about_checkpoint)
         parser.add_class_arguments(Recorder, "record")
         parser.add_class_arguments(MemberGuard, "guard")
         parser.add_argument("--figures", type=list[Figure], default=[], help="Drawn from the results after the fit.")
+        parser.add_argument("--variants", type=dict, default={}, help="Further runs after the main one, by "
+                            "name: what of the config differs, and `after: NAME`, the run from whose end one starts: "
+                            "{slow: {ensemble: {lr: 0.01}, after: main}}.")  # fmt: skip
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Lightning's, but the ensemble is a section of its own and reaches the model from there."""
@@ -150,11 +131,13 @@ class Run(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, and keep what was given apart from what are defaults."""
         jsonargparse.set_loader("yaml", strict_yaml.load, (yaml.YAMLError,))
-        args = _configs_first(args)
+        config_files, flags = configs.configs_and_flags(args[1:])
+        args = [args[0], *config_files, *flags]
         strict_yaml.check_arguments(args)
+        configs.refuse_parts_of_variants(flags)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
-        for _, arguments in _init_args(self.given[self.given.subcommand]):
+        for _, arguments in configs.init_args(self.given[self.given.subcommand]):
             for name in self.replaced:
                 arguments.pop(name, None)
 
@@ -174,10 +157,10 @@ class Run(LightningCLI):
         for section in ("record", "guard", "trainer"):
             if not isinstance(config[section], jsonargparse.Namespace):
                 raise ValueError(f"{section} = {checks.shown(config[section])}: must be a mapping")
-        self.ensemble = ensemble = _ensemble(config)
-        _refuse_scalars_of_axes(ensemble, given)
-        self.resolved = _resolved(self.parser, self.config, self.subcommand, ensemble)
-        linear = issubclass(_class_of(config.model.class_path), LinearNetwork)
+        self.ensemble = ensemble = configs.ensemble_of(config)
+        configs.refuse_scalars_of_axes(ensemble.axes, given)
+        self.resolved = configs.resolve(self.parser, self.config, self.subcommand, ensemble)
+        linear = issubclass(configs.class_of(config.model.class_path), LinearNetwork)
         if linear:
             config["model.init_args.ensemble"] = ensemble
             if given.get("trainer.log_every_n_steps") is None:
@@ -221,7 +204,7 @@ class Run(LightningCLI):
             if config["enable_progress_bar"] is not False:
                 chosen.append(MemberProgress())
         plugins = config["plugins"] or []
-        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
         try:
             return Trainer(**{**config, "callbacks": chosen})
         except Exception as error:
@@ -230,17 +213,24 @@ class Run(LightningCLI):
 
     def _remember(self, **kwargs: Any) -> None:
         self._arguments = kwargs
+        self.ckpt_path: str | None = self.config[self.subcommand].ckpt_path
+        self._keep_random_state()
 
     fit = validate = test = predict = _remember  # what LightningCLI calls; `carry_out` does it, after `check`
+
+    def _keep_random_state(self) -> None:
+        """Of the generators plain modules draw from: what else is built or run in between does not change the run."""
+        self._random = _collect_rng_states(torch.cuda.is_initialized())
 
     # Checking ---------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Set everything up in memory and refuse what cannot run; then, for a fit that writes, claim the run directory.
+        """Set everything up in memory and refuse what cannot run.
 
         Raises:
             ValueError, OSError: What is wrong, in words.
         """
+        _set_rng_states(self._random)
         trainer, model, datamodule = self.trainer, self.model, self.datamodule
         trainer.strategy.connect(model)
         model.trainer = trainer
@@ -254,15 +244,24 @@ class Run(LightningCLI):
                 model.setup(self.subcommand)
         elif self.subcommand == "fit":
             _refuse_what_cannot_be_fitted(model, datamodule)
-        checkpoint = self._checkpoint()
-        if checkpoint is not None:
+        self.checkpoint = self._read_checkpoint()
+        if self.checkpoint is not None:
             with about("ckpt_path"):
-                self._compare(checkpoint)
-        if self.subcommand != "fit":
-            return
-        start = self._start(checkpoint)
-        if start is not None:
-            start.apply(model)
+                self._compare(self.checkpoint)
+        if self.subcommand == "fit":
+            self._check_fit()
+        self._keep_random_state()
+
+    def _check_fit(self) -> None:
+        trainer, model = self.trainer, self.model
+        given = self.config.fit.init_from
+        if self.checkpoint is not None:
+            self._start_as(self.checkpoint, given)
+        else:
+            start = None if given is None else Start.read(given)
+            if start is not None:
+                start.check(model, f"init_from = {start.source}")
+            self.start_from(start)
         with about("record", Recorder):
             self.recorder.prepare(trainer, model)
         variables = set(self.recorder.names)
@@ -277,25 +276,6 @@ class Run(LightningCLI):
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
             with about("figures", type(figure)):
                 figure.check(variables, self.recorder.ensemble.axes)
-        self._describe(start)
-        if not self.write:
-            return
-        if checkpoint is not None:
-            self.directory = self._directory_of_checkpoint()
-        else:
-            root = Path(self.config.fit.trainer.default_root_dir or "")
-            self.directory = claim(root / _LOGS / self._name())
-        try:
-            with about("ckpt_path"):
-                self._hold()
-                if checkpoint is not None:
-                    self._verify_records(checkpoint)
-            self._tie(checkpoint)
-        except BaseException:
-            self._let_go.close()
-            if checkpoint is None:
-                give_back(self.directory)
-            raise
 
     def _name(self) -> str:
         name = self.config.fit.name
@@ -306,29 +286,32 @@ class Run(LightningCLI):
             raise ValueError(f"name = {name!r}: must be the name of a folder, not a path")
         return name
 
-    def _checkpoint(self) -> dict[str, Any] | None:
-        path = self._arguments.get("ckpt_path")
-        if path is None:
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        if self.ckpt_path is None:
             return None
-        if not Path(path).is_file():
+        path = Path(self.ckpt_path)
+        if not path.is_file():
             raise CheckpointError(f"ckpt_path = {path}: there is no such file")
         with about("ckpt_path"), warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+            checkpoint = self.checkpoint_io.read_ahead(path)
         for warning in heard:  # that the one before is used instead
             print(f"dlnlab {self.subcommand}: {warning.message}", file=sys.stderr)
         return checkpoint
 
-    def _directory_of_checkpoint(self) -> Path:
-        return Path(os.path.normpath(Path(self._arguments["ckpt_path"]).parent / ".."))  # its name alone may be given
+    def directory_of_checkpoint(self) -> Path:
+        """The run directory that the checkpoint of a resumed run lies in."""
+        return Path(os.path.normpath(Path(self.ckpt_path).parent / ".."))  # its name alone may be given
 
-    def _start(self, checkpoint: dict[str, Any] | None) -> Start | None:
-        """What the fit starts from, if it is another run; a resumed fit did so when it began."""
-        given = self.config.fit.init_from
-        if checkpoint is None:
-            start = None if given is None else Start.read(given)
-            self.resolved["init_from"] = None if start is None else start.source
-            return start
+    def start_from(self, start: Start | None) -> None:
+        """Let a fit that begins at step 0 start from another run's parameters, or from its own."""
+        self.resolved["init_from"] = None if start is None else start.source
+        self._describe(None if start is None else start.provenance)
+        if start is not None:
+            start.apply(self.model)
+
+    def _start_as(self, checkpoint: dict[str, Any], given: str | None) -> None:
+        """Remember what a resumed fit has started from when it began."""
         recorded = (checkpoint["dlnlab_config"] or {}).get("init_from")
         if given is not None and given not in (recorded, str(recorded).rpartition("@")[0]):
             raise CheckpointError(
@@ -336,21 +319,21 @@ class Run(LightningCLI):
                 "(start a new run instead)"
             )
         self.resolved["init_from"] = recorded
-        return None
+        self._describe(checkpoint.get("dlnlab_init_from"))
 
     def _compare(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another config, before anything of it is used."""
-        path = Path(self._arguments["ckpt_path"])
+        path = Path(self.ckpt_path)
         recorded = checkpoint.get("dlnlab_config") if isinstance(checkpoint, dict) else None
         if not recorded or not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
             raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
         fitting = self.subcommand == "fit"
-        directory = self._directory_of_checkpoint()
+        directory = self.directory_of_checkpoint()
         if fitting and not (directory / "results" / HEADER).exists():
             raise CheckpointError(
                 f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {directory} is none"
             )
-        then, now = _what_must_agree(recorded, fitting), _what_must_agree(self.resolved, fitting)
+        then, now = configs.what_must_agree(recorded, fitting), configs.what_must_agree(self.resolved, fitting)
         for key in dict.fromkeys((*then, *now)):
             if then.get(key) != now.get(key):
                 raise CheckpointError(
@@ -364,32 +347,72 @@ class Run(LightningCLI):
                 reason = str(error).partition("\n")[2]  # the first line names the class
                 raise CheckpointError(f"ckpt_path = {path}: does not fit the model: {reason}") from error
 
-    def _describe(self, start: Start | None) -> None:
-        """Tell the recorder what its results shall say about the run."""
+    def _describe(self, provenance: str | None) -> None:
+        """Tell the recorder what its results shall say about the run, and what it has started from."""
         versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
         versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
         config = yaml.safe_dump(self.resolved, sort_keys=False)
         self.recorder.config = self.resolved
         self.recorder.attributes |= {"config": config, "versions": json.dumps(versions, indent=1)}
-        if start is not None:
-            self.recorder.attributes["init_from"] = start.provenance
+        if provenance is not None:
+            self.recorder.attributes["init_from"] = provenance
+
+    # The run directory ------------------------------------------------------------------------------------------------
+
+    def claim(self, directory: Path | None = None) -> None:
+        """Keep others from a fit's run directory: two fits in one would tear each other's results.
+
+        Args:
+            directory: That of a variant; None is the checkpoint's, or the next free `version_N`.
+
+        Raises:
+            ValueError, OSError: If it cannot be made, is in use, or does not hold what the checkpoint needs.
+        """
+        if directory is not None:
+            self.directory = directory
+            directory.mkdir(parents=True, exist_ok=True)
+        elif self.checkpoint is not None:
+            self.directory = self.directory_of_checkpoint()
+        else:
+            root = Path(self.config.fit.trainer.default_root_dir or "")
+            self.directory = claim(root / _LOGS / self._name())
+        with about("ckpt_path"):
+            self._hold()
+            if self.checkpoint is not None:
+                self._verify_records(self.checkpoint)
+
+    def give_back(self) -> None:
+        """Let go of the run directory of a fit that has not begun, and remove it if it is new."""
+        self.let_go()
+        if self.directory is not None and self.checkpoint is None:
+            give_back(self.directory)
+
+    def let_go(self) -> None:
+        """Let others have the run directory."""
+        self._let_go.close()
+
+    def begin_anew(self) -> None:
+        """Forget the checkpoint, and remove what an earlier fit has left in the run directory."""
+        self.ckpt_path = self.checkpoint = None
+        if self.directory is not None:
+            empty(self.directory)
 
     def _verify_records(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on after segments that are not there as they were."""
         records = checkpoint["callbacks"].get(self.recorder.state_key)
         if records is None:
-            raise CheckpointError(f"ckpt_path = {self._arguments['ckpt_path']}: says nothing about the run's records")
+            raise CheckpointError(f"ckpt_path = {self.ckpt_path}: says nothing about the run's records")
         verify_segments(self.directory / "results", records["segments"], records["chain"])
 
     def _hold(self) -> None:
-        """Keep others from the run directory: two fits in one would tear each other's results."""
         try:
             self._let_go.callback(hold(self.directory))
         except BlockingIOError:
             raise CheckpointError(f"{self.directory} is in use: the fit that writes it has not ended") from None
 
-    def _tie(self, checkpoint: dict[str, Any] | None) -> None:
+    def tie(self) -> None:
         """Point logger, checkpoints, records and config to the run directory."""
+        checkpoint = self.checkpoint
         if self.wants_logger:
             last = None if checkpoint is None else checkpoint["global_step"] + 1
             folder = self.directory
@@ -419,36 +442,41 @@ class Run(LightningCLI):
         return f"run {self.directory} failed after step {self.trainer.global_step}"
 
     def carry_out(self) -> None:
-        """Do what was asked for; a fit that writes draws its figures.
+        """Do what was asked for.
 
         Raises:
             Interrupted: If a signal has ended a fit.
         """
-        with self._let_go:
-            if self.subcommand == "fit":
-                self._fit()
-            else:
-                getattr(self.trainer, self.subcommand)(**self._arguments)
-
-    def _fit(self) -> None:
+        self.checkpoint = None  # the trainer has it
+        _set_rng_states(self._random)
+        if self.subcommand != "fit":
+            getattr(self.trainer, self.subcommand)(**self._arguments, ckpt_path=self.ckpt_path)
+            return
         with self.interruption:
-            self.trainer.fit(**self._arguments)
+            self.trainer.fit(**self._arguments, ckpt_path=self.ckpt_path)
         number = self.interruption.signal
         if number is not None:
-            name, step = signal.Signals(number).name, self.trainer.global_step
-            raise Interrupted(f"stopped at step {step} by {name}{self.way_on()}", number)
+            raise Interrupted(f"stopped at step {self.trainer.global_step} by {signal.Signals(number).name}", number)
+
+    def results(self) -> xr.Dataset:
+        """What a fit has recorded."""
+        return load_results(self.directory) if self.write else self.recorder.dataset()
+
+    def draw(self, **variants: xr.Dataset) -> None:
+        """Draw the figures of a fit that writes.
+
+        Args:
+            **variants: The results of its variants.
+        """
         if self.write and self.figures:
-            dataset = load_results(self.directory)
-            saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
+            dataset, folder = self.results(), self.directory / "figures"
+            saved = [file for figure in self.figures for file in figure.save(dataset, folder, **variants)]
             self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
 
-    def announce(self) -> None:
-        """Say how a fit's members ended and, last, where its run directory is."""
-        if self.subcommand != "fit":
-            return
-        if isinstance(self.model, LinearNetwork):
-            print(f"members: {MemberGuard.summary(self.model)}")
-        print(f"run: {self.directory}")
+    @property
+    def end(self) -> str | None:
+        """How a fit's members have ended."""
+        return f"members: {MemberGuard.summary(self.model)}" if isinstance(self.model, LinearNetwork) else None
 
     @property
     def slow(self) -> str | None:
@@ -462,48 +490,6 @@ class Run(LightningCLI):
         return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
 
 
-def claim(parent: Path) -> Path:
-    """Make the next free `version_N` of a folder; `mkdir` is atomic, so no two runs share one.
-
-    Raises:
-        ValueError: If it cannot be made; no folder on the way to it is left then.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        taken = [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdecimal()]
-        number = max(taken, default=-1) + 1
-        while True:
-            try:
-                (parent / f"version_{number}").mkdir()
-                return parent / f"version_{number}"
-            except FileExistsError:
-                number += 1
-    except (OSError, ValueError) as error:
-        _remove_empty(parent)
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"trainer.default_root_dir = {str(parent.parent.parent)!r}: {checks.shown(str(parent))} cannot be made: "
-            f"{reason}"
-        ) from error
-
-
-def give_back(directory: Path) -> None:
-    """Remove a claimed directory, and the folders above it that are empty now."""
-    shutil.rmtree(directory, ignore_errors=True)
-    _remove_empty(directory.parent)
-
-
-def _remove_empty(parent: Path) -> None:
-    for folder in (parent, parent.parent):  # lightning_logs/NAME
-        with contextlib.suppress(OSError, ValueError):
-            folder.rmdir()
-
-
-def _class_of(class_path: str) -> type:
-    module, name = class_path.rsplit(".", 1)
-    return getattr(import_module(module), name)
-
-
 def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:
     """What Lightning would say of a plain module only once the run directory is there."""
     for name in ("training_step", "configure_optimizers"):
@@ -511,88 +497,6 @@ def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningD
             raise ValueError(f"model: {type(model).__name__} does not define `{name}`")
     if not any(is_overridden("train_dataloader", each) for each in (model, datamodule) if each is not None):
         raise ValueError(f"data: neither they nor {type(model).__name__} define `train_dataloader`")
-
-
-def _ensemble(config: jsonargparse.Namespace) -> Ensemble:
-    axes = config.ensemble
-    if not isinstance(axes, dict):
-        raise ValueError(f"ensemble = {checks.shown(axes)}: must be a mapping of axes, {{lr: [0.1, 0.2], seed: 10}}")
-    for name in axes:
-        if not isinstance(name, str) or name in ("self", "root"):
-            raise ValueError(f"ensemble.{name}: no such axis")
-    return Ensemble(root=config.seed, **axes)
-
-
-def _init_args(config: Any) -> Iterator[tuple[str, Any]]:
-    """(key, mapping) of every set of arguments whose scalars could be axes."""
-    for key in ("model.init_args", "model.init_args.optimizer.init_args", "data.init_args"):
-        found = config
-        for part in key.split("."):
-            found = found.get(part) if hasattr(found, "get") else None
-        if found is not None:
-            yield key, found
-
-
-def _refuse_scalars_of_axes(ensemble: Ensemble, given: jsonargparse.Namespace) -> None:
-    for key, arguments in _init_args(given):
-        for name in ensemble.axes:
-            if name in arguments and not (name == "seed"):
-                raise ValueError(
-                    f"{key}.{name} = {arguments[name]!r}: {name} is also an axis of the ensemble; give it in one place"
-                )
-
-
-def _resolved(parser: Any, config: Any, subcommand: str, ensemble: Ensemble) -> dict[str, Any]:
-    """The config as a plain dictionary that can be run again: without arguments that are axes."""
-    try:
-        resolved = yaml.safe_load(parser.dump(config, skip_none=False))[subcommand]
-    except Exception as error:
-        found = re.search(r"cannot represent an object', (.*?)\)", str(error))
-        raise ValueError(
-            f"config.yaml of the run could not hold {found[1] if found else error}: give that argument a plain value"
-        ) from None
-    resolved.pop("ckpt_path", None)
-    for _, arguments in _init_args(resolved):
-        for name in ensemble.axes:
-            arguments.pop(name, None)
-    return resolved
-
-
-def _what_must_agree(resolved: dict[str, Any], fitting: bool) -> dict[str, Any]:
-    """The parts of a config that a checkpoint's run must share, flat: {"model.init_args.init_scale": 0.1, ...}.
-
-    What is evaluated on other data or by other measurements is still the same ensemble.
-    """
-    parts = {section: resolved.get(section) for section in (_FIXED if fitting else ("ensemble", "model", "seed"))}
-    if fitting:
-        measurements = resolved["trainer"].get("callbacks") or []
-        parts["trainer.callbacks"] = measurements if isinstance(measurements, list) else [measurements]
-    flat: dict[str, Any] = {}
-
-    def flatten(key: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for name, inner in value.items():
-                flatten(f"{key}.{name}", inner)
-        else:
-            flat[key] = value
-
-    for section, value in parts.items():
-        flatten(section, value)
-    flat.pop("model.init_args.max_chunk", None)
-    return flat
-
-
-def _configs_first(args: list[str]) -> list[str]:
-    """The same command line with its config files before all else: the parser lets whatever comes later win."""
-    configs, others, rest = [], [], iter(args[1:])
-    for argument in rest:
-        if argument in ("--config", "-c"):
-            configs += [argument, *([following] if (following := next(rest, None)) is not None else [])]
-        elif argument.startswith("--config="):
-            configs.append(argument)
-        else:
-            others.append(argument)
-    return [args[0], *configs, *others]
 
 
 @contextlib.contextmanager
@@ -620,7 +524,6 @@ def without_noise() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (".*does not have many workers.*", "Checkpoint directory .* exists", ".*dataloader.*length.*",
-                            ".* is damaged.*; using .*",  # was said before the fit
                             "Using ModelCheckpoint with manual optimization.*", ".*LeafSpec.* is deprecated"):  # fmt: skip
                 warnings.filterwarnings("ignore", message)
             yield

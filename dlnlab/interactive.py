@@ -24,9 +24,10 @@ from dlnlab import checks
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data.arrays import ArrayRegression
 from dlnlab.ensemble import Ensemble
-from dlnlab.fitting import Run, quiet, without_noise
+from dlnlab.fitting import quiet, without_noise
 from dlnlab.messages import explain
 from dlnlab.models import DiagonalLinearNetwork, LinearNetwork
+from dlnlab.study import Study
 
 Config = str | Path | Mapping[str, Any]
 
@@ -52,7 +53,7 @@ def run(
             `seed=20` (seeds 0 to 19), `batch_size=[1, "full"]`.
 
     Returns:
-        The results, as `load_results` gives them.
+        The results, as `load_results` gives them; those of the main run where the config has variants (`run_all`).
 
     Raises:
         ValueError: If something in the config is wrong, before anything is made.
@@ -64,6 +65,37 @@ def run(
         >>> dict(results.train_loss.sizes)["lr"], bool((results.train_loss[..., -1] < results.train_loss[..., 0]).all())
         (2, True)
     """
+    return run_all(config, changes, directory, **axes)["main"]
+
+
+def run_all(
+    config: Config | Sequence[Config],
+    changes: Mapping[str, Any] | None = None,
+    directory: str | Path | None = None,
+    **axes: Any,
+) -> dict[str, xr.Dataset]:
+    """Do as `run`, and return also what the config's variants have recorded.
+
+    Args:
+        config: As for `run`.
+        changes: As for `run`; they reach every variant.
+        directory: As for `run`.
+        **axes: As for `run`; they reach every variant but those whose own ensemble lacks the axis.
+
+    Returns:
+        The results by name: `main`, then the variants in the order written, ready for `figure.draw(results.pop("main"),
+        **results)`.
+
+    Raises:
+        ValueError, OSError: As `run`.
+
+    Example:
+        >>> config = {"model": {"class_path": "DiagonalLinearNetwork"}, "data": {"class_path": "SparseRegression"}}
+        >>> config |= {"ensemble": {"lr": [0.1]}, "variants": {"slow": {"ensemble": {"lr": [0.01]}}}}
+        >>> results = run_all(config, {"trainer.max_steps": 100})
+        >>> {name: dataset.lr.item() for name, dataset in results.items()}
+        {'main': 0.1, 'slow': 0.01}
+    """
     layers = [config] if isinstance(config, str | Path | Mapping) else list(config)
     flags = {**(changes or {}), **{f"ensemble.{name}": values for name, values in axes.items()}}
     flags |= {"trainer.enable_progress_bar": False}
@@ -74,16 +106,16 @@ def run(
     with _leaving_no_trace():
         try:
             with quiet():
-                fit = Run(argv, write=directory is not None, replaced=axes)
-                fit.check()
+                study = Study(argv, write=directory is not None, replaced=axes)
+                study.check()
         except Exception as error:  # whatever it is, nothing was made yet
             message = explain(error)
             if isinstance(error, ValueError | OSError) and str(error) == message:
                 raise
             raise ValueError(message) from None  # the parser's own traceback is of no help
         with without_noise():
-            fit.carry_out()
-        return fit.recorder.dataset()
+            study.carry_out()
+        return study.results()
 
 
 def simulate(

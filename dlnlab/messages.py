@@ -22,7 +22,10 @@ from dlnlab.callbacks import Measurement, MemberGuard, Recorder
 from dlnlab.checks import shown
 from dlnlab.figures import Figure
 
-SECTIONS = ("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "ckpt_path")
+SECTIONS = (
+    *("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "variants", "init_from"),
+    "ckpt_path",
+)
 _OPTIMIZER = "model.init_args.optimizer"
 _HOMES: tuple[tuple[type, str], ...] = (
     (Recorder, "record"),

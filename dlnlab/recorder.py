@@ -379,9 +379,10 @@ class Recorder(Callback):
                 "events": events}  # fmt: skip
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the resolved config, with which a resumed run is compared."""
+        """Add the resolved config, with which a resumed run is compared, and what the run has started from."""
         del trainer, pl_module
         checkpoint["dlnlab_config"] = self.config
+        checkpoint["dlnlab_init_from"] = self.attributes.get("init_from")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""

@@ -1,9 +1,10 @@
-"""Another run's parameters as the beginning of a new one: `fit --init_from RUN[@STEP]`."""
+"""Another run's parameters as the beginning of a new one: `fit --init_from RUN[@STEP]`, or a variant's `after`."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -52,9 +53,19 @@ class Start:
             checkpoint = read_checkpoint(path)
         except CheckpointError as error:
             raise CheckpointError(f"init_from = {source}: {error}") from None
-        config = json.dumps(checkpoint.get("dlnlab_config"), sort_keys=True)
-        sha256 = hashlib.sha256(config.encode()).hexdigest()
-        return cls(run, checkpoint["global_step"], checkpoint["state_dict"], sha256)
+        return cls(run, checkpoint["global_step"], checkpoint["state_dict"], _sha256(checkpoint.get("dlnlab_config")))
+
+    @classmethod
+    def at(cls, run: str, step: int, module: LightningModule, config: dict[str, Any] | None) -> "Start":
+        """Where a run in this process stands, as its checkpoint would say.
+
+        Args:
+            run: Its run directory, or its name if it has none.
+            step: Its optimizer step.
+            module: Its module.
+            config: Its resolved config.
+        """
+        return cls(run, step, module.state_dict(), _sha256(config))
 
     @property
     def source(self) -> str:
@@ -66,33 +77,46 @@ class Start:
         """Run, step and config checksum as JSON, for the results' attributes."""
         return json.dumps({"run": self.run, "step": self.step, "config_sha256": self.config_sha256})
 
-    @torch.no_grad()
-    def apply(self, module: LightningModule) -> None:
-        """Give a module that has been set up the source's parameters; all else begins anew.
+    def check(self, module: LightningModule, key: str) -> None:
+        """Refuse a module, set up, that cannot start from here.
+
+        Args:
+            module: It.
+            key: What was given for that, for the message.
 
         Raises:
             ValueError: If number of members, names or shapes differ.
         """
-        where, own = f"init_from = {self.source}", dict(module.named_parameters())
+        own = dict(module.named_parameters())
         linear = isinstance(module, LinearNetwork)
         if linear and "status" in self.state and len(self.state["status"]) != module.num_members:
             raise ValueError(
-                f"{where}: its ensemble has {len(self.state['status'])} members and this one {module.num_members}; "
+                f"{key}: its ensemble has {len(self.state['status'])} members and this one {module.num_members}; "
                 "they must have equally many"
             )
         theirs = self.state.keys() - dict(module.named_buffers()).keys()
         if theirs != own.keys():
             raise ValueError(
-                f"{where}: its parameters are {', '.join(sorted(theirs))} and this model's {', '.join(sorted(own))}"
+                f"{key}: its parameters are {', '.join(sorted(theirs))} and this model's {', '.join(sorted(own))}"
             )
         for name, parameter in own.items():
             if self.state[name].shape != parameter.shape:
                 raise ValueError(
-                    f"{where}: its parameter {name} has shape {tuple(self.state[name].shape)} and this model's "
+                    f"{key}: its parameter {name} has shape {tuple(self.state[name].shape)} and this model's "
                     f"{tuple(parameter.shape)}"
                 )
-        if linear:
-            module.start_from({name: self.state[name] for name in own})
+
+    @torch.no_grad()
+    def apply(self, module: LightningModule) -> None:
+        """Give a module that `check` has let pass the source's parameters; all else begins anew."""
+        parameters = {name: self.state[name] for name, _ in module.named_parameters()}
+        if isinstance(module, LinearNetwork):
+            module.start_from(parameters)
+            module.restart()
         else:
-            for name, parameter in own.items():
-                parameter.copy_(self.state[name])
+            for name, parameter in module.named_parameters():
+                parameter.copy_(parameters[name])
+
+
+def _sha256(config: dict[str, Any] | None) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -104,6 +104,10 @@ class Undrawn(Figure):
     def check(self, variables, axes):
         raise ValueError("needs a fourth wall")
 
+class Alone(Figure):
+    def draw(self, dataset):
+        raise NotImplementedError
+
 def make_nothing(params, lr: float = 0.1) -> torch.optim.Optimizer:
     return None
 """
@@ -370,6 +374,50 @@ case("figure-settled", "StepSizeFigure.settled = x", {"figures": [FIGURE | {"ini
 case("figure-name", "figures: name = '../x'", {"figures": [FIGURE | {"init_args": {"name": "../x"}}]})
 case("figure-refuses", "figures: Undrawn: needs a fourth wall", {"figures": [{"class_path": "mine.Undrawn"}]})
 case("figures-number", "figures = 3", {"figures": 3})
+
+# Variants -------------------------------------------------------------------------------------------------------------
+
+values("variants", "must be a mapping", 3, "x", None, [1])
+values("variants.slow", "must be a mapping of what differs", 3, "x", None, [])
+for name in ("main", "dataset", "a/b", "..", "", "a b", 3):
+    case(f"variant-called-{name}", [f"variants.{name}: must be a file name", "none of main"], {"variants": {name: {}}},
+         slow=name != "main")  # fmt: skip
+case("variant-of-variant", "variants.a.variants: a variant has no variants", {"variants.a": {"variants": {"b": {}}}})
+case("variant-resumed", "variants.a.ckpt_path: a variant goes on", {"variants.a": {"ckpt_path": "last.ckpt"}})
+case("variant-name", "variants.a.name: a variant's name is its key", {"variants.a": {"name": "b"}})
+case("variant-unknown-section", "variants.a.modle: there is no such key", {"variants.a": {"modle": 3}})
+case("variant-unknown-key", "variants.a.trainer.max_stps: there is no such key", {"variants.a.trainer.max_stps": 3})
+case("variant-axis", "variants.a.ensemble.depth: no such axis", {"variants.a.ensemble": {"depth": [1]}})
+case("variant-lr", "variants.a.ensemble.lr[0] = -1: a step size", {"variants.a.ensemble": {"lr": [-1]}})
+case("variant-ensemble", "variants.a.ensemble = 3: must be a mapping", {"variants.a.ensemble": 3})
+case("variant-axis-and-scalar", "variants.a.model.init_args.init_scale = 0.2: init_scale is also an axis",
+     {"variants.a": {"ensemble": {"init_scale": [0.1]}, "model": {"init_args": {"init_scale": 0.2}}}})  # fmt: skip
+case("variant-class", ["variants.a.model: no class 'DiagonalNetwork'", MODEL], {"variants.a": model("DiagonalNetwork")})
+case("variant-argument", "variants.a.data: SparseRegression has no argument 'rows'",
+     {"variants.a.data.init_args.rows": 3})  # fmt: skip
+case("variant-flag", "variants.a.data: TabularRegression has no argument 'correlation'",
+     {"variants.a.data": {"class_path": "TabularRegression", "init_args": {"path": "hole.csv"}}},
+     "--data.init_args.correlation", "0.1")  # fmt: skip
+case("variant-checked-first", "variants.a.record.variables: no variable 'loss'",
+     {"variants.a.record.variables": ["loss"]})  # fmt: skip
+case("variant-after-nothing", ["variants.a.after = 'b': there is no such run", "there are main, a"],
+     {"variants.a.after": "b"})  # fmt: skip
+case("variant-after-number", "variants.a.after = 3: there is no such run", {"variants.a.after": 3})
+case("variant-after-itself", "variants.a.after = a: a wait for each other", {"variants.a.after": "a"})
+case("variant-cycle", "variants.a.after = b: a, b wait for each other",
+     {"variants": {"c": {}, "a": {"after": "b"}, "b": {"after": "a"}}})  # fmt: skip
+case("variant-after-other-members", "variants.a.after = main: its ensemble has 4 members and this one 6",
+     {"variants.a": {"after": "main", "ensemble": {"lr": [0.1, 0.2], "seed": 3}}})  # fmt: skip
+case("variant-after-other-shapes", "variants.a.after = b: its parameter w_plus has shape (4, 4) and this model's (4, 5)",
+     {"variants": {"a": {"after": "b"}, "b": {"data": {"init_args": {"dim": 4}}}}})  # fmt: skip
+case("variant-after-and-init-from", "variants.a.init_from: give it or `after`, not both",
+     {"variants.a": {"after": "main", "init_from": "run"}})  # fmt: skip
+case("variant-init-from", "variants.a.init_from = run: no checkpoint", {"variants.a.init_from": "run"})
+case("variant-figure", ["variants.a.figures: Undrawn: needs"], {"variants.a.figures": [{"class_path": "mine.Undrawn"}]})
+case("figure-without-variants", ["figures: Alone.draw does not take the variants a, b", "**variants"],
+     {"figures": [{"class_path": "mine.Alone"}], "variants": {"a": {}, "b": {}}})  # fmt: skip
+case("variant-in-parts", "--variants.a.trainer.max_steps: a variant is given whole", {},
+     "--variants.a.trainer.max_steps", "3")  # fmt: skip
 
 # The trainer ----------------------------------------------------------------------------------------------------------
 
@@ -732,6 +780,7 @@ def test_without_a_run_to_claim_the_folders_made_for_it_are_removed(workplace, c
 # A fuzz ---------------------------------------------------------------------------------------------------------------
 
 KEYS = [
+    *("variants", "variants.a", "variants.a.after", "variants.a.ensemble", "variants.a.trainer.max_steps"),
     *("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "ckpt_path", "unknown"),
     *("model.class_path", "model.init_args", "data.class_path", "data.init_args"),
     *(f"ensemble.{name}" for name in ("lr", "seed", "batch_size", "sampling", "init_scale", "label_noise", "weight_decay",

@@ -101,3 +101,10 @@ def test_the_notebook_runs_from_top_to_bottom_and_its_outputs_are_stored(monkeyp
     assert "image/png" in kinds
     assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gradient_descent_from_where_sgd_has_ended_comes_closer_than_gradient_descent_alone(in_examples):
+    found = {name: data.distance.isel(step=-1).median("seed") for name, data in dlnlab.run_all("phases.yaml").items()}
+    assert bool((found["then_gd"] < found["main"]).all())
+    assert bool((found["main"] < found["gd"]).all())
+    assert bool((found["then_gd"].diff("lr") < 0).all())

@@ -112,7 +112,9 @@ def test_a_resumed_run_needs_its_source_no_more_and_remembers_it(first, fit, tmp
     shutil.rmtree(copy)
     for flags in ((), ("--init_from", copy), ("--init_from", f"{copy}@40")):
         fit("--ckpt_path", cut / "checkpoints" / "step=20.ckpt", *flags)
-        assert dlnlab.load_results(whole).equals(dlnlab.load_results(cut))
+        one, other = dlnlab.load_results(whole), dlnlab.load_results(cut)
+        assert one.equals(other)
+        assert one.attrs["init_from"] == other.attrs["init_from"]
         assert yaml.safe_load((cut / "config.yaml").read_text())["init_from"] == f"{copy}@40"
     refused = ["fit", "--config", "config.yaml", "--ckpt_path", str(cut / "checkpoints" / "step=20.ckpt")]
     assert main([*refused, "--init_from", str(first)]) == 2
@@ -152,6 +154,21 @@ class Line(LightningModule):
     assert main([*fit, "10", "--init_from", f"{RUNS}/half/version_0", "--name", "rest"]) == 0
     whole, rest = (dlnlab.load_results(tmp_path / RUNS / name / "version_0") for name in ("whole", "rest"))
     np.testing.assert_array_equal(rest.train_loss, whole.train_loss.isel(step=slice(10, 20)))
+
+
+def test_a_model_decides_how_it_takes_over_anothers_parameters(first, fit, tmp_path):
+    (tmp_path / "halved.py").write_text(
+        """
+from dlnlab.models import DiagonalLinearNetwork
+
+class Halved(DiagonalLinearNetwork):
+    def start_from(self, parameters):
+        super().start_from({name: value / 2 for name, value in parameters.items()})
+"""
+    )
+    run = fit("--model", "halved.Halved", "--init_from", first)
+    np.testing.assert_array_equal(member_values(run, "beta", 0), member_values(first, "beta", 40) / 4)
+    np.testing.assert_array_equal(member_values(run, "gain", 0), 0)
 
 
 def test_a_source_that_is_not_there_is_one_error(first, fit):

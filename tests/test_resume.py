@@ -12,7 +12,7 @@ import pytest
 import reliability as study
 from reliability import GENERIC, LAST, RUN, SMALL, Program, at_step, difference
 
-from dlnlab import fitting, load_results
+from dlnlab import load_results, run_directory
 from dlnlab.results import ResultError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every trial is a fork")
@@ -150,6 +150,17 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path):
     path.write_bytes(b"torn")
     saved.save_checkpoint({"global_step": 3}, path)
     assert saved.load_checkpoint(tmp_path / "last.ckpt.previous") == {"global_step": 1}
+
+
+def test_a_resume_reads_its_checkpoint_once(program, reference, finished):
+    def count(_):
+        read = study.AtomicCheckpointIO.load_checkpoint.__globals__
+        whole = read["read_checkpoint"]
+        read["read_checkpoint"] = lambda *given: print("read", given[0].name) or whole(*given)
+
+    code, output = program(finished, resume=True, before=count)
+    assert code == 0
+    assert output.count("read last.ckpt") == 1
 
 
 def test_a_checkpoint_of_parameters_alone_is_no_place_to_go_on_from(program, finished):
@@ -300,7 +311,7 @@ def test_damage_of_the_header_is_detected_and_mended_by_a_resume(program, refere
 def test_no_two_of_sixteen_processes_claim_one_directory(tmp_path):
     def claim():
         for _ in range(8):
-            fitting.claim(tmp_path / "runs").joinpath("mine").touch(exist_ok=False)
+            run_directory.claim(tmp_path / "runs").joinpath("mine").touch(exist_ok=False)
         return 0
 
     ready, go = os.pipe()

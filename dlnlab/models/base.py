@@ -205,6 +205,16 @@ class LinearNetwork(LightningModule):
         """What the optimizer gets: torch parameter groups; a group with `form` is a pair of factors (`GainSGD`)."""
         return [{"params": list(self.parameters())}]
 
+    @torch.no_grad()
+    def start_from(self, parameters: dict[str, Tensor]) -> None:
+        """Take over the parameters another model has ended with, as the beginning of a new fit; all of them, as they are.
+
+        Args:
+            parameters: By name, the names and shapes those of this model, which has been set up.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.copy_(parameters[name])
+
     def advance_closed_form(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
     ) -> tuple[int, dict[str, Tensor]]:
@@ -418,17 +428,6 @@ class LinearNetwork(LightningModule):
         self._kept, self._records = {}, []
         self.status.fill_(RUNNING)
         self.stopped_at.fill_(-1)
-
-    @torch.no_grad()
-    def start_from(self, parameters: dict[str, Tensor]) -> None:
-        """Begin at another run's parameters.
-
-        Args:
-            parameters: Every parameter by name, of this model's shapes.
-        """
-        for name, parameter in self.named_parameters():
-            parameter.copy_(parameters[name])
-        self.restart()
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
