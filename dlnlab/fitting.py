@@ -24,7 +24,6 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
@@ -33,6 +32,7 @@ from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgr
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
 from dlnlab.ensemble import Ensemble
+from dlnlab.event_files import RunLogger
 from dlnlab.figures import Figure
 from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, explain, home, trainer_mistake
@@ -392,10 +392,7 @@ class Run(LightningCLI):
         """Point logger, checkpoints, records and config to the run directory."""
         if self.wants_logger:
             last = None if checkpoint is None else checkpoint["global_step"] + 1
-            folder = self.directory
-            logger = TensorBoardLogger(
-                folder.parent.parent, folder.parent.name, folder.name, default_hp_metric=False, purge_step=last
-            )
+            logger = RunLogger(self.directory, purge_step=last)
             self.trainer.loggers = [*self.trainer.loggers, logger]
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
