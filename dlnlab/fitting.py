@@ -437,7 +437,8 @@ class Run(LightningCLI):
         if self.write and self.figures:
             dataset = load_results(self.directory)
             saved = [file for figure in self.figures for file in figure.save(dataset, self.directory / "figures")]
-            self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
+            pictures = {file.stem: file for file in saved if file.suffix == ".png"}
+            self.recorder.add_images(pictures, self.trainer.global_step)
 
     def announce(self) -> None:
         """Say how a fit's members ended and, last, where its run directory is."""

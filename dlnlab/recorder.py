@@ -389,9 +389,8 @@ class Recorder(Callback):
         for run, events in zip(self._cells, written, strict=True):
             self._event_files[run].add(sorted(events))
 
-    def add_images(self, pictures: dict[str, Path]) -> None:
-        """Show pictures (PNG) on the run's TensorBoard page as `figures/<name>`, once the fit has ended."""
-        step = max(self._last_recorded.values(), default=0)
+    def add_images(self, pictures: dict[str, Path], step: int) -> None:
+        """Show pictures (PNG) on the run's TensorBoard page as `figures/<name>`, once the fit has ended at `step`."""
         shown = event_files.images({f"figures/{name}": path for name, path in pictures.items()})
         self._event_files[_PAGE].add([(step, shown)])
 

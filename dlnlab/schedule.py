@@ -147,12 +147,13 @@ class Schedule:
         """
         if last == math.inf:
             return self
+        pairs = self.pairs and self.every_n_steps != 1
         if self.steps is not None:
             count = bisect_right(self.steps, last) - bisect_right(self.steps, 0)
         else:
-            count = last // self.every_n_steps * (2 if self.pairs and self.every_n_steps > 1 else 1)
+            count = last // self.every_n_steps * (1 + pairs)
         stride = max(1, math.ceil(count / most))
         stride += 1 - stride % 2  # an odd stride sees both phases of an oscillation with period 2
         if self.steps is not None:
             return Schedule(at=self.steps[::stride])
-        return Schedule(self.every_n_steps * stride, pairs=self.pairs)
+        return Schedule(self.every_n_steps * stride, pairs=pairs)
