@@ -294,11 +294,13 @@ def same(one: Any, two: Any) -> bool:
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, str]]]:
-    """{cell/tag: [(step, value), ...]} as the event loader reads them, in the order of the file."""
+    """{cell/tag: [(step, value), ...]} of scalars as the event loader reads them, in the order of the file."""
     series: dict[str, list[tuple[int, str]]] = {}
     for path in sorted((folder / RUN / "cells").rglob("events*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name != "scalars":
+                    continue
                 number = float(tensor_util.make_ndarray(value.tensor))
                 series.setdefault(f"{path.parent.name}/{value.tag}", []).append((event.step, repr(number)))
     return series

@@ -22,7 +22,6 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
@@ -31,6 +30,7 @@ from dlnlab import config as configs
 from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
+from dlnlab.event_files import RunLogger
 from dlnlab.figures import Figure
 from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, home, trainer_mistake
@@ -415,10 +415,7 @@ class Run(LightningCLI):
         checkpoint = self.checkpoint
         if self.wants_logger:
             last = None if checkpoint is None else checkpoint["global_step"] + 1
-            folder = self.directory
-            logger = TensorBoardLogger(
-                folder.parent.parent, folder.parent.name, folder.name, default_hp_metric=False, purge_step=last
-            )
+            logger = RunLogger(self.directory, purge_step=last)
             self.trainer.loggers = [*self.trainer.loggers, logger]
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -471,7 +468,8 @@ class Run(LightningCLI):
         if self.write and self.figures:
             dataset, folder = self.results(), self.directory / "figures"
             saved = [file for figure in self.figures for file in figure.save(dataset, folder, **variants)]
-            self.recorder.add_images({file.stem: file for file in saved if file.suffix == ".png"})
+            pictures = {file.stem: file for file in saved if file.suffix == ".png"}
+            self.recorder.add_images(pictures, self.trainer.global_step)
 
     @property
     def end(self) -> str | None:

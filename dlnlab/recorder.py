@@ -12,14 +12,12 @@ import torch
 import xarray as xr
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
-from dlnlab import checks, results
+from dlnlab import checks, event_files, results
 from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
+from dlnlab.event_files import EventFile
 from dlnlab.models import LinearNetwork
 from dlnlab.optim import GradientFlow
 from dlnlab.schedule import Schedule
@@ -40,38 +38,13 @@ TAGS = {
 }
 """TensorBoard tags of variables; any other variable with one number per member is `measured/<name>`."""
 _UNDERFLOW = ("train_loss", "test_loss", "distance")  # event files hold float32, so these are logged as log10 too
-_UNTAGGED = ("status", "time")
+_UNTAGGED = ("time",)
+
+_MOST_POINTS = 1000
+_PAGE = "."  # what TensorBoard calls the run that is its folder itself
 
 _SEGMENT_SECONDS = 30.0
 _SEGMENT_BYTES = 64 * 2**20
-
-
-class EventFile:
-    """A TensorBoard event file that is written in order and can be cut back to an earlier length."""
-
-    def __init__(self, folder: Path, length: int | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "events.out.tfevents.0.dlnlab"
-        if length is not None and self.path.exists():
-            with open(self.path, "r+b") as file:
-                file.truncate(min(length, self.path.stat().st_size))
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            self._append([Event(wall_time=time.time(), file_version="brain.Event:2")])
-
-    def _append(self, events: list[Event]) -> None:
-        with open(self.path, "ab") as file:
-            writer = RecordWriter(file)
-            for event in events:
-                writer.write(event.SerializeToString())
-
-    def add(self, moments: list[tuple[int, Summary]]) -> None:
-        """Append one event for each (step, summary)."""
-        self._append([Event(wall_time=time.time(), step=step, summary=summary) for step, summary in moments])
-
-    @property
-    def length(self) -> int:
-        """Bytes written so far."""
-        return self.path.stat().st_size
 
 
 class Recorder(Callback):
@@ -79,6 +52,9 @@ class Recorder(Callback):
 
     A `LinearNetwork` records its own variables inside chunks; a plain LightningModule has `train_loss`, what its
     training_step returns, recorded at the step whose parameters it was computed with.
+
+    The results hold every record. TensorBoard shows at most about 1000 points of a curve, the first, the last and
+    evenly chosen ones between them: which they are follows from the schedule and max_steps alone.
 
     Args:
         every_n_steps: Record every so many optimizer steps.
@@ -121,6 +97,10 @@ class Recorder(Callback):
         self._chain = ""  # the checksum of the segments so far
         self._restored: dict[str, Any] | None = None
         self._event_files: dict[str, EventFile] = {}
+        self._cells: list[str] = []  # the runs of the cells
+        self._members = np.zeros((0, 0), dtype=int)  # (cells, seeds)
+        self._schedules: dict[str, Schedule] = {}  # of variables that do not follow the recorder's
+        self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
         self.names: tuple[str, ...] = ()
         """The model's variables that are recorded, once the fit is prepared."""
         self.config: dict[str, Any] | None = None
@@ -180,8 +160,8 @@ class Recorder(Callback):
         self._finished = False
         if self._restored is not None and self.directory is not None:
             results.drop_segments(self.directory / "results", self._num_segments)
-        self._open_event_files()
         if self.directory is not None:
+            self._open_event_files(trainer)
             (self.directory / "results").mkdir(parents=True, exist_ok=True)
             self._write_header()  # anew in a resumed run, whose config may go further
         if isinstance(pl_module, LinearNetwork) and trainer.global_step == 0:
@@ -239,9 +219,16 @@ class Recorder(Callback):
         self.flush()
         self._pending, self._final = self._final, {}
         self.flush()
+        if self.directory is not None:
+            self._write_events({name: ([step], value[None]) for name, (step, value) in self._unshown.items()})
 
     def record(
-        self, step: int, values: dict[str, Tensor], dims: dict[str, list[str]] | None = None, final: bool = False
+        self,
+        step: int,
+        values: dict[str, Tensor],
+        dims: dict[str, list[str]] | None = None,
+        final: bool = False,
+        schedule: Schedule | None = None,
     ) -> None:
         """Take values (E, ...) measured at a step.
 
@@ -250,9 +237,12 @@ class Recorder(Callback):
             values: name -> one entry per member.
             dims: Names of trailing dimensions, where they are not `coordinate` or `row` and `column`.
             final: The values were not due but belong to the fit's last step: a fit that goes on drops them.
+            schedule: When they are recorded; None is the recorder's.
         """
         self.record_block([step], {name: value[None] for name, value in values.items()}, final)
         self._dims |= dims or {}
+        if schedule is not None:
+            self._schedules |= dict.fromkeys(values, schedule)
 
     def record_block(self, steps: list[int], values: dict[str, Tensor], final: bool = False) -> None:
         """Take values (T, E, ...) measured at T ascending steps; see `record`."""
@@ -289,7 +279,9 @@ class Recorder(Callback):
         else:
             folder = self.directory / "results"
             written = results.write_segment(folder, self._num_segments, series, constants, self._dims)
-            self._write_events(series)
+            if self._num_segments == 0:
+                self._lay_out(series)
+            self._write_events(self._thin(series))
             self._chain = results.chain(self._chain, written)
         self._num_segments += 1
         self._pending, self._bytes = {}, 0
@@ -322,61 +314,102 @@ class Recorder(Callback):
 
     # TensorBoard ------------------------------------------------------------------------------------------------------
 
-    def _open_event_files(self) -> None:
-        if self.directory is None:
-            return
-        cell_axes = tuple(name for name in self.ensemble.axes if name != "seed")
-        self._cell, cells = self.ensemble.group(cell_axes)
-        self._cell = self._cell.numpy()
+    def _open_event_files(self, trainer: Trainer) -> None:
+        """One file for each cell and one, the page, for what belongs to all; a resume cuts back and goes on."""
+        self._end = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        axes = {name: values for name, values in self._header()[0].items() if name != "seed"}
+        cell_of_member, cells = self.ensemble.group(tuple(axes))
         names = [",".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in cell.items()) or "members"
                  for cell in cells]  # fmt: skip
-        chosen = np.unique(np.linspace(0, len(names) - 1, min(self.max_runs, len(names))).round().astype(int))
+        chosen = np.unique(np.linspace(0, len(names) - 1, min(self.max_runs, len(names))).round().astype(int)).tolist()
+        self._cells = [f"cells/{names[i]}" for i in chosen]
+        self._members = np.stack([np.flatnonzero(cell_of_member.numpy() == i) for i in chosen])
         lengths = (self._restored or {}).get("events", {})
-        self._event_files = {
-            int(i): EventFile(self.directory / "cells" / names[i], lengths.get(names[i])) for i in chosen
-        }
-        self._cell_names = names
+        self._event_files = {run: EventFile(self.directory / run, lengths.get(run)) for run in (_PAGE, *self._cells)}
+        if self._restored is None:
+            for run, i in zip(self._cells, chosen, strict=True):
+                values = {name: str(v) if isinstance(axes[name][0], str) else v for name, v in cells[i].items()}
+                self._event_files[run].add([(0, event_files.session(values))])
+        for name, language in (("config", "yaml"), ("versions", "json")):
+            text = event_files.listings({name: self.attributes.get(name, "")}, language)
+            self._event_files[_PAGE].add([(trainer.global_step, text)])
         if len(chosen) < len(names):
             note = (
                 f"{len(chosen)} of {len(names)} cells of the grid, evenly chosen (record.max_runs); all are in results/"
             )
             self.attributes["tensorboard"] = note
 
-    def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
-        for cell, file in self._event_files.items():
-            inside = self._cell == cell
-            moments: defaultdict[int, Summary] = defaultdict(Summary)
-            for name, (steps, values) in series.items():
-                if name == "status":
-                    codes = values[:, inside]
-                    for code, status in enumerate(results.STATUSES):
-                        _add(moments, steps, f"members/{status}", (codes == code).sum(1))
-                elif name not in _UNTAGGED and values.ndim == 2:
-                    tag = TAGS.get(name, f"measured/{name}")
-                    summary = _summarise(values[:, inside])
-                    for suffix, numbers in summary.items():
-                        _add(moments, steps, tag + suffix, numbers)
-                        if name in _UNDERFLOW:
-                            with np.errstate(divide="ignore", invalid="ignore"):
-                                _add(moments, steps, f"{tag}_log10{suffix}", np.log10(numbers))
-            file.add(sorted(moments.items(), key=lambda moment: moment[0]))
+    def _lay_out(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
+        """Say on the page which charts and which hyperparameters and final numbers of the cells there are."""
+        tags, final = [], []
+        order = [*TAGS, *sorted(series.keys() - TAGS.keys())]
+        for name in order:
+            if name in series and name != "status" and _is_curve(name, series[name][1]):
+                found = [_tag(name)] if name not in _UNDERFLOW else [f"{_tag(name)}_log10", _tag(name)]
+                tags, final = tags + found, [*final, found[0]]
+        if "status" in series:
+            counts = [f"members/{status}" for status in results.STATUSES]
+            tags, final = tags + counts, final + counts
+        axes = {name: values for name, values in self._header()[0].items() if name != "seed"}
+        seeds = len(self.ensemble.axes.get("seed", [0]))
+        self._event_files[_PAGE].add(
+            [(0, event_files.layout(tags, banded=seeds > 1)), (0, event_files.experiment(axes, final))]
+        )
 
-    def add_images(self, pictures: dict[str, Path]) -> None:
-        """Show pictures (PNG) in the run's TensorBoard page as `figures/<name>`, in place of earlier ones."""
-        values = [
-            Summary.Value(tag=f"figures/{name}", image=Summary.Image(encoded_image_string=path.read_bytes()))
-            for name, path in pictures.items()
-        ]
-        EventFile(self.directory, length=0).add([(max(self._last_recorded.values(), default=0), Summary(value=values))])
+    def _thin(self, series: dict[str, tuple[list[int], np.ndarray]]) -> dict[str, tuple[list[int], np.ndarray]]:
+        """What TensorBoard shows of it; the last moment that it does not is kept, because the fit may end there."""
+        found = {}
+        for name, (steps, values) in series.items():
+            if _is_curve(name, values):
+                schedules = (self.schedule, self._schedules.get(name, self.schedule))
+                thinned = [schedule.thinned(_MOST_POINTS, self._end) for schedule in schedules]
+                shown = {0}.union(*(schedule.between(steps[0] - 1, steps[-1]) for schedule in thinned))
+                undefined = np.isnan(values).all(1)  # not yet, as a ratio of two zeros at step 0
+                chosen = [i for i, step in enumerate(steps) if step in shown and not undefined[i]]
+                found[name] = [steps[i] for i in chosen], values[chosen]
+                self._unshown.pop(name, None)
+                if steps[-1] not in shown:
+                    self._unshown[name] = steps[-1], values[-1]
+        return found
+
+    def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
+        """One event for each cell and moment, with all that was measured then."""
+        curves: dict[str, np.ndarray] = {}  # tag -> (T, cells)
+        moments: defaultdict[int, dict[str, int]] = defaultdict(dict)  # step -> {tag: place among its T}
+        for name, (steps, values) in series.items():
+            for tag, numbers in _summarise(name, values[:, self._members]).items():
+                curves[tag] = numbers
+                for place, step in enumerate(steps):
+                    moments[step][tag] = place
+        blocks: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for step, places in moments.items():
+            blocks[tuple(places)].append(step)
+        written: list[list[tuple[int, bytes]]] = [[] for _ in self._cells]
+        for tags, steps in blocks.items():
+            numbers = [curves[tag][[moments[step][tag] for step in steps]] for tag in tags]
+            summaries = event_files.scalars(tags, np.stack(numbers, -1))
+            for i, events in enumerate(written):
+                events += zip(steps, map(bytes, summaries[:, i]), strict=True)
+        for run, events in zip(self._cells, written, strict=True):
+            self._event_files[run].add(sorted(events))
+
+    def add_images(self, pictures: dict[str, Path], step: int) -> None:
+        """Show pictures (PNG) on the run's TensorBoard page as `figures/<name>`, once the fit has ended at `step`."""
+        shown = event_files.images({f"figures/{name}": path for name, path in pictures.items()})
+        self._event_files[_PAGE].add([(step, shown)])
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Closes the segment, so that none straddles a checkpoint, and says how far the records go."""
         self.flush()
-        events = {self._cell_names[cell]: file.length for cell, file in self._event_files.items()}
-        return {"segments": self._num_segments, "chain": self._chain, "last_recorded": dict(self._last_recorded),
-                "events": events}  # fmt: skip
+        return {
+            "segments": self._num_segments,
+            "chain": self._chain,
+            "last_recorded": dict(self._last_recorded),
+            "events": {run: file.length for run, file in self._event_files.items()},
+            "unshown": {name: (step, torch.from_numpy(value)) for name, (step, value) in self._unshown.items()},
+        }
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the resolved config, with which a resumed run is compared, and what the run has started from."""
@@ -389,26 +422,39 @@ class Recorder(Callback):
         self._restored = state_dict
         self._num_segments, self._chain = state_dict["segments"], state_dict["chain"]
         self._last_recorded = dict(state_dict["last_recorded"])
+        self._unshown = {name: (step, value.numpy()) for name, (step, value) in state_dict["unshown"].items()}
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def _summarise(values: np.ndarray) -> dict[str, np.ndarray]:
-    """(T, seeds) -> median, and 10 % and 90 % where there is more than one seed; NaN counts as infinite."""
+def _tag(name: str) -> str:
+    return TAGS.get(name, f"measured/{name}")
+
+
+def _is_curve(name: str, values: np.ndarray) -> bool:
+    return name not in _UNTAGGED and values.ndim == 2
+
+
+def _summarise(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The curves (T, cells) of a variable (T, cells, seeds) by their tags.
+
+    They are its median over seeds, and 10 % and 90 % where there is more than one; NaN counts as infinite. Of `status`
+    they are how many members have each.
+    """
+    if name == "status":
+        return {f"members/{status}": (values == code).sum(-1) for code, status in enumerate(results.STATUSES)}
     values = np.where(np.isnan(values), np.inf, values.astype(np.float64))
-    if values.shape[1] == 1:
-        return {"": values[:, 0]}
-    found = {}
-    for suffix, level in (("", 0.5), ("/p10", 0.1), ("/p90", 0.9)):
-        with np.errstate(invalid="ignore"):
-            smooth = np.quantile(values, level, axis=1)
-        # Between a finite number and infinity there is nothing to interpolate.
-        found[suffix] = np.where(np.isnan(smooth), np.quantile(values, level, axis=1, method="higher"), smooth)
+    levels = {"": 0.5, "/p10": 0.1, "/p90": 0.9} if values.shape[-1] > 1 else {"": 0.5}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = np.quantile(values, list(levels.values()), axis=-1)
+        if np.isnan(numbers).any():  # between a finite number and infinity there is nothing to interpolate
+            higher = np.quantile(values, list(levels.values()), axis=-1, method="higher")
+            numbers = np.where(np.isnan(numbers), higher, numbers)
+        found = {_tag(name) + suffix: each for suffix, each in zip(levels, numbers, strict=True)}
+        if name in _UNDERFLOW:
+            found |= {
+                f"{_tag(name)}_log10{suffix}": np.log10(each) for suffix, each in zip(levels, numbers, strict=True)
+            }
     return found
-
-
-def _add(moments: defaultdict[int, Summary], steps: list[int], tag: str, numbers: np.ndarray) -> None:
-    for step, number in zip(steps, numbers.tolist(), strict=True):
-        moments[step].value.add(tag=tag, simple_value=number)

@@ -1,5 +1,6 @@
 """Lists of numbers as configs write them, and the optimizer steps at which something happens."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
@@ -136,3 +137,23 @@ class Schedule:
             found.append(step)
             step = self.next_after(step)
         return found
+
+    def thinned(self, most: int, last: float) -> "Schedule":
+        """Evenly chosen ones of its steps.
+
+        Args:
+            most: At most so many after step 0 and up to `last`.
+            last: The last step; infinite where it is not known, and then nothing is left out.
+        """
+        if last == math.inf:
+            return self
+        pairs = self.pairs and self.every_n_steps != 1
+        if self.steps is not None:
+            count = bisect_right(self.steps, last) - bisect_right(self.steps, 0)
+        else:
+            count = last // self.every_n_steps * (1 + pairs)
+        stride = max(1, math.ceil(count / most))
+        stride += 1 - stride % 2  # an odd stride sees both phases of an oscillation with period 2
+        if self.steps is not None:
+            return Schedule(at=self.steps[::stride])
+        return Schedule(self.every_n_steps * stride, pairs=pairs)

@@ -130,3 +130,21 @@ def test_a_pair_is_a_step_and_the_one_behind_it():
 def test_a_schedule_refuses_what_names_no_steps(arguments, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**arguments)
+
+
+@given(schedules(), st.integers(1, 20), st.integers(0, 70))
+def test_a_thinned_schedule_has_evenly_chosen_steps_of_its_own(schedule, most, last):
+    schedule, _ = schedule
+    every = [0, *schedule.between(0, last)]
+    chosen = [0, *schedule.thinned(most, last).between(0, last)]
+    assert set(chosen) <= set(every)
+    assert len(chosen) - 1 <= most + 1  # a list that begins at step 0 is counted from there, a pair may be cut in two
+    if len(every) - 1 <= most:
+        assert chosen == every
+    assert schedule.thinned(most, math.inf) is schedule
+
+
+def test_a_thinned_schedule_sees_both_phases_of_an_oscillation():
+    assert Schedule(every_n_steps=1).thinned(50, 100).between(0, 12) == [3, 6, 9, 12]
+    assert Schedule(every_n_steps=10, pairs=True).thinned(10, 100).between(0, 100) == [1, 30, 31, 60, 61, 90, 91]
+    assert Schedule(at=range(100)).thinned(40, 99).steps[:4] == [0, 3, 6, 9]

@@ -123,7 +123,7 @@ class Measurement(Callback):
         values = {name: value.detach().clone() for name, value in self.measure(module, batch).items()}
         recorder = _recorder_of(trainer)
         if recorder is not None:
-            recorder.record(step, values, self.dims, final)
+            recorder.record(step, values, self.dims, final, self.schedule)
             return
         medians = {TAGS.get(name, f"measured/{name}"): float(value.double().median())
                    for name, value in values.items() if value.ndim == 1}  # fmt: skip
