@@ -53,6 +53,7 @@ from dlnlab.schedule import Schedule
 
 RUNNING, CONVERGED, DIVERGED = range(3)
 STATUSES = ("running", "converged", "diverged")
+LR_UNITS = ("one", "max_row", "flow_edge", "mean_square_edge")
 
 _CHUNK_SECONDS = 0.1
 """A chunk aims at no more than this, so that Ctrl-C, signals and the progress bar stay prompt, ..."""
@@ -103,8 +104,9 @@ class LinearNetwork(LightningModule):
         sampling: How mini-batches are drawn: `replacement`, `subset` (distinct rows, afresh each step) or `epochs` (a
             fresh permutation every floor(n/b) steps). May be an axis.
         label_noise: Standard deviation of fresh noise on each drawn label. May be an axis.
-        lr_unit: What `lr` is multiplied by: `one`, or `max_row`, 1/max_i |x_i|^2 of the member's problem. The product is
-            recorded as `step_size`.
+        lr_unit: What `lr` is multiplied by: `one`; `max_row`, 1/max_i |x_i|^2 of the member's problem; `flow_edge`,
+            2/sharpness where gradient flow ends; `mean_square_edge`, the step size up to which SGD with the member's own
+            batches is mean-square stable there. The product is recorded as `step_size`.
         dtype: `float64` or `float32`, of parameters and data.
         max_chunk: Optimizer steps one `training_step` takes at most; None ends a chunk at the next event. Results do
             not depend on it.
@@ -126,7 +128,7 @@ class LinearNetwork(LightningModule):
         batch_size: int | Literal["full"] = "full",
         sampling: Literal["replacement", "subset", "epochs"] = "replacement",
         label_noise: float = 0.0,
-        lr_unit: Literal["one", "max_row"] = "one",
+        lr_unit: Literal["one", "max_row", "flow_edge", "mean_square_edge"] = "one",
         dtype: Literal["float64", "float32"] = "float64",
         max_chunk: int | None = None,
     ) -> None:
@@ -269,6 +271,18 @@ class LinearNetwork(LightningModule):
         draws = streams.normals(key, torch.tensor([0]), math.prod(shape))[:, 0]
         return draws.reshape(self.num_members, *shape).to(self.number_type)
 
+    def unit_of_lr(self) -> Tensor:
+        """What `lr` is multiplied by, (E,), of the model's dtype.
+
+        Raises:
+            ValueError: If `lr_unit` is not defined for this network or its data.
+        """
+        if self.lr_unit == "one":
+            return torch.ones(self.num_members, dtype=self.number_type, device=self.device)
+        if self.lr_unit == "max_row":
+            return (1 / self.problems.x.square().sum(-1).amax(-1))[self.problem_index]
+        raise ValueError(f"lr_unit = {self.lr_unit}: not known for {type(self).__name__}; use one or max_row")
+
     # Setting up -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -296,7 +310,7 @@ class LinearNetwork(LightningModule):
         self._check_shapes()
         self._check_memory(sum(parameter.numel() for parameter in self.parameters()) // self.num_members, device)
         self._group_members()
-        self.unit = LR_UNITS[self.lr_unit](self.problems)[self.problem_index]
+        self.unit = self.unit_of_lr()
         if stage == "fit":
             if type(self).configure_optimizers is not LinearNetwork.configure_optimizers:
                 raise ValueError(
@@ -767,17 +781,6 @@ _LAW = ("predictor", "losses", "training_step", "batches")
 def stack_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """[{name: (E, ...)}] -> {name: (T, E, ...)}."""
     return {name: torch.stack([record[name] for record in records]) for name in records[0]} if records else {}
-
-
-def _max_row(problems: Problems) -> Tensor:
-    return 1 / problems.x.square().sum(-1).amax(-1)
-
-
-LR_UNITS: dict[str, Callable[[Problems], Tensor]] = {
-    "one": lambda problems: torch.ones_like(problems.x[:, 0, 0]),
-    "max_row": _max_row,
-}
-"""What lr is counted in: problems -> (P,)."""
 
 
 def _plain_if_equal(given: dict[str, Tensor]) -> dict[str, Any]:

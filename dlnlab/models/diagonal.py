@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dlnlab import checks, kernels, streams
+from dlnlab import checks, kernels, streams, theory
 from dlnlab.kernels import DualFlow, Factors, diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
@@ -95,6 +95,35 @@ class DiagonalLinearNetwork(LinearNetwork):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One pair of factors."""
         return [{"params": [self.w_plus, self.w_minus], "form": "squares"}]
+
+    def unit_of_lr(self) -> Tensor:
+        """See `LinearNetwork.unit_of_lr`."""
+        if self.lr_unit not in ("flow_edge", "mean_square_edge"):
+            return super().unit_of_lr()
+        # As the members begin; those that agree in all that the edge depends on share it.
+        init, names = self.per_member("init_scale"), ["problem", "init"]
+        if self.lr_unit == "mean_square_edge":
+            names += ["batch_size", "sampling"]
+        columns = {
+            "problem": self.problem_index.tolist(),
+            "init": [tuple(value) if isinstance(value, list | tuple) else value for value in init],
+            "batch_size": self.per_member("batch_size"),
+            "sampling": self.per_member("sampling"),
+        }
+        kinds = list(zip(*(columns[name] for name in names), strict=True))
+        edges: dict[Any, Tensor] = {}
+        for batches in dict.fromkeys(kind[2:] for kind in kinds):
+            alike = list(dict.fromkeys(kind for kind in kinds if kind[2:] == batches))
+            x, y = (tensor[[kind[0] for kind in alike]] for tensor in (self.problems.x, self.problems.y))
+            scale = torch.tensor([kind[1] for kind in alike], dtype=torch.float64, device=x.device)
+            scale = scale if scale.ndim == 2 else scale[:, None]
+            scale = scale.expand(-1, x.shape[-1])
+            if not batches or batches[0] == "full":
+                found = theory.flow_edge(x, y, scale)
+            else:
+                found = theory.mean_square_edge(x, y, scale, *batches)
+            edges |= dict(zip(alike, found, strict=True))
+        return torch.stack([edges[kind] for kind in kinds]).to(self.number_type)
 
     @property
     def kernel(self) -> Any:
