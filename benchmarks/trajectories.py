@@ -404,10 +404,10 @@ def profile(quick: bool, folder: Path) -> None:
     peak = gemm_peak()
     lines = header("The diagonal network: where the kernel's time goes", " --profile")
     lines += [
-        "Nanoseconds per member-step, medians of interleaved rounds of process CPU time: the kernel with a check and a record of "
-        "every member every 100 steps, without the records, and without both, which leaves the steps; and of these the "
-        f"operations per second (a matrix product of size 1024 reaches {peak:.0f} GFLOP/s here) and the bytes of x that they "
-        "use per second.",
+        "Nanoseconds per member-step, medians of interleaved rounds of process CPU time: the kernel with a check and a "
+        "record of every member every 100 steps, without the records, and without both, which leaves the steps; and of "
+        f"these the operations per second (a matrix product of size 1024 reaches {peak:.0f} GFLOP/s here) and the bytes "
+        "of x that they use per second.",
         "",
         "| (N, D) | E | b | NumPy, lean | kernel | without records | steps alone | GFLOP/s | x, GB/s |",
         "| ---: " * 9 + "|",
