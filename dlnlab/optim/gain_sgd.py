@@ -159,6 +159,21 @@ class GainSGD(PairOptimizer):
         return self._of_factors(Factors.effective_init, "effective_init")
 
     @property
+    def imbalance_error(self) -> Any:
+        """Largest |ln|w+ w-| - ln alpha_k^2| over coordinates, (E,): rounding; a list where there are several pairs."""
+        return self._of_factors(Factors.imbalance_error, "imbalance_error")
+
+    @property
+    def mirror_error(self) -> Any:
+        """Largest error of the mirror form ln|w+/w-| = 2 theta_k, likewise."""
+        return self._of_factors(Factors.mirror_error, "mirror_error")
+
+    @property
+    def gain_sandwich_error(self) -> Any:
+        """By how much sum |x|^2 <= |Gain|_1 <= 2 sum |x|^2 fails, likewise; NaN once a step had |x| > 0.8926."""
+        return self._of_factors(Factors.gain_sandwich_error, "gain_sandwich_error")
+
+    @property
     def time(self) -> Any:
         """Steps times step size, a number or a tensor (E,)."""
         return self.num_steps * self.param_groups[0]["lr"]
