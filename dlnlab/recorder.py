@@ -26,6 +26,7 @@ from dlnlab.schedule import Schedule
 
 DEFAULT_VARIABLES = ("train_loss", "test_loss", "distance", "gain")
 
+_PREDICTIONS = ("unperturbed", "mean_gain", "weighted_l1", "gradient_flow", "min_l1", "min_l2")
 TAGS = {
     "train_loss": "loss/train",
     "test_loss": "loss/test",
@@ -40,6 +41,11 @@ TAGS = {
     "imbalance_error": "theory/imbalance_error",
     "mirror_error": "theory/mirror_error",
     "gain_sandwich_error": "theory/gain_sandwich_error",
+    "bregman_error": "theory/bregman_error",
+    "bregman_residual": "theory/bregman_residual",
+    **{f"error_{name}": f"theory/error_{name}" for name in _PREDICTIONS},
+    "loss_integral_error": "theory/loss_integral_error",
+    "gain_formula_error": "theory/gain_formula_error",
 }
 """TensorBoard tags of variables; any other variable with one number per member is `measured/<name>`."""
 _UNDERFLOW = ("train_loss", "test_loss", "distance")  # event files hold float32, so these are logged as log10 too

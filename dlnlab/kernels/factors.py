@@ -152,8 +152,15 @@ class Factors:
 
     def effective_init(self) -> Tensor:
         """alpha_k, with alpha_k^2 = |w+(0) w-(0)| prod (1 - c)^2 exp(-Gain); 0 once below floating point."""
-        log_alpha = torch.log(self.initial_plus.abs()) + torch.log(self.initial_minus.abs())
-        return torch.exp(0.5 * (log_alpha - self.gain()) + self.log_decay)
+        return torch.exp(self.log_effective_init())
+
+    def log_effective_init(self) -> Tensor:
+        """Ln alpha_k, which does not underflow."""
+        return 0.5 * (self._logs(1) - self.gain()) + self.log_decay
+
+    def mirror_shift(self) -> Tensor:
+        """asinh(beta~_0/alpha_k^2): where the mirror's origin has moved to, the start's own ln|w+(0)/w-(0)| included."""
+        return self._logs(-1) + (self.gain_minus() - self.gain_plus()) / 2
 
     # What exact arithmetic would make zero --------------------------------------------------------------------------
 

@@ -79,6 +79,11 @@ class GainSGD(PairOptimizer):
         """One pair's state; in the form `squares` it shares memory with the parameters."""
         return Factors(*self.rotated(group), **self.state[group["params"][0]])
 
+    def mirror(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A pair's `log_effective_init` and `mirror_shift`."""
+        factors = self.factors(group)
+        return factors.log_effective_init(), factors.mirror_shift()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of gradient descent.
