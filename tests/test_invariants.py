@@ -36,8 +36,8 @@ def test_they_hold_to_rounding_in_every_run_the_edge_of_stability_included(seed,
         )  # fmt: skip
     eps = np.finfo(dtype).eps
     for name in INVARIANTS:
-        # 40: a few roundings in each of 3000 steps, which do not all go one way
-        assert not (found[name] > 40 * eps * 1000).any(), name
+        # A few roundings in each of 3000 steps, and 1/|1 - x| in the one where x is nearest to 1
+        assert not (found[name] > 1e6 * eps).any(), name
 
 
 class Tamper(Callback):

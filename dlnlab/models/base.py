@@ -699,8 +699,9 @@ class LinearNetwork(LightningModule):
 
     def invariant_tolerance(self, step: int) -> float:
         """What rounding may make of `INVARIANTS` by a step."""
-        # Every step rounds each factor and each product, and adds to a sum of logarithms that may reach hundreds.
-        return 10 * torch.finfo(self.number_type).eps * (1000 + step) + 1e-13 * step
+        # A step rounds each factor and each product, by 1/|1 - x| where x is near 1, which some step of a run is to 1e-5;
+        # and it adds to a sum of logarithms that may reach hundreds.
+        return torch.finfo(self.number_type).eps * (1e6 + 10 * step) + 1e-13 * step
 
     def _distance(self) -> Tensor:
         error = self.predictor() - self.problems.teacher[self.problem_index]
