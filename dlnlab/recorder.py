@@ -404,7 +404,7 @@ class Recorder(Callback):
                 found[name] = [steps[i] for i in chosen], values[chosen]
                 self._unshown.pop(name, None)
                 if steps[-1] not in shown:
-                    self._unshown[name] = steps[-1], values[-1]
+                    self._unshown[name] = steps[-1], values[-1].copy()
         return found
 
     def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
