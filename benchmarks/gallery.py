@@ -1,0 +1,155 @@
+"""The gallery: every config's figure at full size, its question and its finding, made with one command.
+
+    python benchmarks/gallery.py [even2023/stepsizes ...]
+
+runs the configs named (all by default), each in a process of its own, keeps the picture of each first figure in
+`docs/images/` and writes `docs/gallery.md` from what the configs say of themselves: the question is a header's first line,
+the finding its paragraph that begins with `Seen`. `--text` writes the page from the pictures that are there.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 1000
+"""Pixels of a picture."""
+_SENTENCE = re.compile(r"(?<=[.?!)])\s+(?=[A-Z])")
+
+
+def configs() -> list[str]:
+    """The names of all configs, `quickstart` and `even2023/stepsizes`."""
+    found = (path.relative_to(ROOT / "configs").with_suffix("") for path in (ROOT / "configs").rglob("*.yaml"))
+    return sorted(str(name) for name in found)
+
+
+def header(name: str) -> list[str]:
+    """The paragraphs of a config's opening comment, each on one line."""
+    lines = []
+    for line in (ROOT / "configs" / f"{name}.yaml").read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return [" ".join(part.split()) for part in "\n".join(lines).split("\n\n")]
+
+
+def question_and_finding(name: str) -> tuple[str, str]:
+    """What a config asks, and the first two sentences of what was seen.
+
+    Raises:
+        ValueError: If its header has no paragraph that begins with `Seen:`.
+    """
+    paragraphs = header(name)
+    seen = [paragraph[5:].strip() for paragraph in paragraphs if paragraph.startswith("Seen:")]
+    if not seen:
+        raise ValueError(f"configs/{name}.yaml: its header has no paragraph that begins with `Seen:`")
+    finding = seen[0][0].upper() + seen[0][1:]
+    return paragraphs[0], " ".join(_SENTENCE.split(finding)[:2])
+
+
+def folder_of(name: str) -> Path:
+    """Where a config is run: beside the modules it names."""
+    model = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]
+    own = "." in (model if isinstance(model, str) else model["class_path"])
+    return ROOT / "examples" if own else ROOT
+
+
+def command_of(name: str) -> str:
+    """What a reader types, at the top of a checkout."""
+    if folder_of(name) == ROOT:
+        return f"python -m dlnlab fit --config configs/{name}.yaml"
+    return f"cd examples && python -m dlnlab fit --config ../configs/{name}.yaml"
+
+
+def picture_of(name: str) -> Path:
+    """Where a config's picture lies."""
+    return ROOT / "docs" / "images" / f"{name.rpartition('/')[2]}.png"
+
+
+def draw(name: str) -> float:
+    """Run a config at full size and keep its first figure; the seconds it took.
+
+    Raises:
+        RuntimeError: If the run fails.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as root:
+        command = [sys.executable, "-m", "dlnlab", "fit", "--config", str(ROOT / "configs" / f"{name}.yaml"),
+                   "--trainer.default_root_dir", root]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder_of(name), env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr}")
+        run = Path(root) / done.stdout.splitlines()[-1].removeprefix("run: ")
+        config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        chosen = config["figures"][0]
+        pictures = sorted((run / "figures").glob("*.png"))
+        title = chosen.get("init_args", {}).get("name") if isinstance(chosen, dict) else None
+        first = next((picture for picture in pictures if picture.stem == title), pictures[0])
+        shrink(first, picture_of(name))
+    return time.perf_counter() - began
+
+
+def shrink(source: Path, target: Path) -> None:
+    """A picture of `WIDTH` pixels in few colours."""
+    picture = Image.open(source).convert("RGB")
+    if picture.width > WIDTH:
+        picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+    picture.quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+def page() -> str:
+    """The gallery's text."""
+    text = [
+        "# Gallery",
+        "",
+        "Every config's figure at full size, what it asks and what was seen. `python benchmarks/gallery.py` makes all of "
+        "it anew; each config's own header says more, and why its settings are what they are.",
+        "",
+    ]
+    source = None
+    for name in configs():
+        if name == "quickstart":
+            continue
+        if name.rpartition("/")[0] != source:
+            source = name.rpartition("/")[0]
+            text += [f"## {source}", ""]
+        question, finding = question_and_finding(name)
+        width = 420
+        text += [
+            f"### {name}",
+            "",
+            f"*{question}*",
+            "",
+            finding,
+            "",
+            f"```bash\n{command_of(name)}\n```",
+            "",
+            f'<img src="images/{picture_of(name).name}" width="{width}" alt="{name}">',
+            "",
+        ]
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Run what was asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", help="names, as even2023/stepsizes; all by default")
+    parser.add_argument("--text", action="store_true", help="write the page only")
+    arguments = parser.parse_args()
+    if not arguments.text:
+        for name in arguments.configs or [name for name in configs() if name != "quickstart"]:
+            print(f"{name}: {draw(name):.0f} s", flush=True)
+    (ROOT / "docs" / "gallery.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()
