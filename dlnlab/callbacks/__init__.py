@@ -2,9 +2,12 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.gradient_statistics import GradientStatistics
 from dlnlab.callbacks.interruption import Interruption
+from dlnlab.callbacks.leading_gain import LeadingGain
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
+from dlnlab.callbacks.perturbation import Perturbation
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
@@ -12,10 +15,13 @@ from dlnlab.recorder import Recorder
 
 __all__ = [
     "GainTracker",
+    "GradientStatistics",
     "Interruption",
+    "LeadingGain",
     "Measurement",
     "MemberGuard",
     "MemberProgress",
+    "Perturbation",
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
