@@ -264,12 +264,16 @@ def quantiles(values: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
 class Cell(NamedTuple):
     """The members that differ in their seed alone."""
 
-    label: str
-    """Its variant and its values on the axes, for a legend."""
+    words: dict[str, str]
+    """What tells it from others, by axis; `variant` where it is one."""
     values: dict[str, Any]
     """Its value on each axis; `variant` ("" for the run itself) where there are variants."""
     data: xr.Dataset
     """Its results, with `seed` as the first dimension."""
+
+    def label(self, without: str | None = None) -> str:
+        """The words, for a legend, but for those of one axis (a panel's title says them)."""
+        return ", ".join(words for axis, words in self.words.items() if axis != without and words)
 
 
 def cells(dataset: xr.Dataset, variants: dict[str, xr.Dataset], apart: Collection[str] = ()) -> list[Cell]:
@@ -278,10 +282,11 @@ def cells(dataset: xr.Dataset, variants: dict[str, xr.Dataset], apart: Collectio
     Args:
         dataset: A run's results.
         variants: Those of its variants.
-        apart: Axes that stay dimensions of the cells (`lr`), and axes whose values the labels do not say.
+        apart: Axes that stay dimensions of the cells (`lr`).
 
     Returns:
-        The cells, in the order of the axes; those of variants behind the run's.
+        The cells, in the order of the axes; those of variants behind the run's. An axis of one value is not worth words,
+        but for the batch size.
     """
     found = []
     for variant, data in {"": dataset, **variants}.items():
@@ -290,18 +295,17 @@ def cells(dataset: xr.Dataset, variants: dict[str, xr.Dataset], apart: Collectio
         axes = [axis for axis in data["status"].dims if axis not in kept]
         for combination in product(*(data[axis].values for axis in axes)):
             values = dict(zip(axes, combination, strict=True))
-            words = [variant, *(value_label(axis, value, data) for axis, value in values.items())]
-            one = data.sel(values).transpose("seed", ...)
+            said = {axis: value for axis, value in values.items() if data.sizes[axis] > 1 or axis == "batch_size"}
+            words = {"variant": variant.replace("_", " ")} if variants else {}
+            words |= {axis: value_label(axis, value, data) for axis, value in said.items()}
             found.append(
-                Cell(", ".join(filter(None, words)), {"variant": variant, **values} if variants else values, one)
+                Cell(
+                    words,
+                    {"variant": variant, **values} if variants else values,
+                    data.sel(values).transpose("seed", ...),
+                )
             )
     return found
-
-
-def label_without(cell: Cell, axis: str | None) -> str:
-    """A cell's label without what one of its axes says (the panel it is drawn in says it)."""
-    words = [value_label(name, value, cell.data) for name, value in cell.values.items() if name != axis]
-    return ", ".join(filter(None, words))
 
 
 def value_label(axis: str, value: Any, data: xr.Dataset) -> str:

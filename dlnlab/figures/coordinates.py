@@ -18,7 +18,6 @@ from dlnlab.figures.base import (
     Figure,
     cells,
     colours,
-    label_without,
     last,
     legend,
     log_axis,
@@ -103,7 +102,7 @@ class CoordinatesFigure(Figure):
             columns = self._columns(cell)
             size = len(columns["place"])
             rows += [
-                {"line": cell.label, **cell.values, **{key: column[i] for key, column in columns.items()}}
+                {"line": cell.label(), **cell.values, **{key: column[i] for key, column in columns.items()}}
                 for i in range(size)
             ]
         columns = dict.fromkeys(key for row in rows for key in row)
@@ -121,7 +120,7 @@ class CoordinatesFigure(Figure):
         """
         found = [(cell, self._columns(cell)) for cell in self._cells(dataset, variants)]
         titles = list(dict.fromkeys(self._title(cell) for cell, _ in found))
-        names = list(dict.fromkeys(label_without(cell, self.panels) for cell, _ in found))
+        names = list(dict.fromkeys(cell.label(self.panels) for cell, _ in found))
         colour = dict(zip(names, colours(len(names)), strict=True))
         handles = self._handles(found, colour)
         per_row = 2 if len(titles) == 1 else 5
@@ -133,7 +132,7 @@ class CoordinatesFigure(Figure):
                 mine = [(cell, columns) for cell, columns in found if self._title(cell) == title]
                 teacher = self.with_teacher and row == 0
                 for cell, columns in mine:
-                    self._draw_line(panel, quantity, columns, colour[label_without(cell, self.panels)])
+                    self._draw_line(panel, quantity, columns, colour[cell.label(self.panels)])
                 _draw_support(panel, mine[0][1], teacher)
                 if row == 0 and title:
                     panel.set_title(title, fontsize=SMALL_FONT_SIZE, pad=3)
@@ -209,7 +208,7 @@ class CoordinatesFigure(Figure):
     def _handles(self, found: list[tuple[Cell, dict[str, np.ndarray]]], colour: dict[str, Any]) -> list[Any]:
         lost: dict[str, list[int]] = {}
         for cell, columns in found:
-            counts = lost.setdefault(label_without(cell, self.panels), [0, 0])
+            counts = lost.setdefault(cell.label(self.panels), [0, 0])
             counts[0] += int(columns["diverged"][0])
             counts[1] += int(columns["members"][0])
         handles: list[Any] = []

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from dlnlab import checks
 from dlnlab.figures.base import (
     FONT_SIZE,
     GREY,
@@ -18,7 +19,6 @@ from dlnlab.figures.base import (
     cells,
     colours,
     final,
-    label_without,
     last,
     legend,
     log_axis,
@@ -44,6 +44,7 @@ class FinalValueFigure(Figure):
         quantities: Variables with one number per member.
         panels: The axis whose values are panels side by side; None draws all lines in one.
         per: An axis that x is divided by; `batch_size`, to see whether lr/batch_size alone matters.
+        over_x: Draw the values divided by x (and `per`): what is proportional to it becomes level.
         name: The files' name without suffix; None is `final_value_figure`.
 
     Raises:
@@ -56,12 +57,14 @@ class FinalValueFigure(Figure):
         quantities: list[str] | None = None,
         panels: str | None = None,
         per: str | None = None,
+        over_x: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         if quantities is not None and not quantities:
             raise ValueError("FinalValueFigure.quantities = []: must name at least one variable")
         self.x, self.panels, self.per = x, panels, per
+        self.over_x = checks.flag("FinalValueFigure.over_x", over_x)
         self.quantities = quantities if quantities is not None else ["distance"]
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
@@ -86,7 +89,8 @@ class FinalValueFigure(Figure):
         Returns:
             `line` (the cell's label), its axes, the axis x and, with `per`, `x` (their quotient); of each quantity the
             median `<quantity>`, `<quantity>_p10`, `<quantity>_p90`, infinite where they are lost to divergence, and the
-            median `<quantity>_law` where there is one; the number of `members` and how many have `diverged`.
+            median `<quantity>_law` where there is one, all divided by x if `over_x`; the number of `members` and how
+            many have `diverged`.
 
         Raises:
             ValueError: If an axis or a quantity is missing, or has no single number per member.
@@ -95,7 +99,7 @@ class FinalValueFigure(Figure):
         for cell in self._cells(dataset, variants):
             columns = self._columns(cell)
             rows += [
-                {"line": cell.label, **cell.values, **{key: column[i] for key, column in columns.items()}}
+                {"line": cell.label(), **cell.values, **{key: column[i] for key, column in columns.items()}}
                 for i in range(len(columns[self.x]))
             ]
         columns = dict.fromkeys(key for row in rows for key in row)
@@ -116,7 +120,7 @@ class FinalValueFigure(Figure):
         """
         found = [(cell, self._columns(cell)) for cell in self._cells(dataset, variants)]
         titles = list(dict.fromkeys(self._title(cell) for cell, _ in found))
-        names = list(dict.fromkeys(label_without(cell, self.panels) for cell, _ in found))
+        names = list(dict.fromkeys(cell.label(self.panels) for cell, _ in found))
         colour = dict(zip(names, colours(len(names)), strict=True))
         handles = self._handles(found, colour)
         per_row = 2 if len(titles) == 1 else 5
@@ -134,7 +138,7 @@ class FinalValueFigure(Figure):
             for panel, title in zip(beside, titles, strict=True):
                 for cell, columns in found:
                     if self._title(cell) == title:
-                        line = colour[label_without(cell, self.panels)]
+                        line = colour[cell.label(self.panels)]
                         _draw_line(panel, quantity, columns, self._position, line, low, beside[0].get_ylim()[1])
                 for name, value in levels.items():
                     panel.axhline(value, color=GREY, linewidth=0.7, zorder=0.5)
@@ -143,7 +147,8 @@ class FinalValueFigure(Figure):
                                    color=GREY)  # fmt: skip
                 if row == 0 and title:
                     panel.set_title(title, fontsize=SMALL_FONT_SIZE, pad=3)
-            beside[0].set_ylabel(quantity.replace("_", " "))
+            words = quantity.replace("_", " ")
+            beside[0].set_ylabel(f"{words} / ({self._x_label(dataset)})" if self.over_x else words)
         positions = np.concatenate([columns[self._position] for _, columns in found])
         log_axis(axes[-1].xaxis, positions.min(), positions.max())
         figure.supxlabel(self._x_label(dataset), fontsize=FONT_SIZE)
@@ -177,6 +182,9 @@ class FinalValueFigure(Figure):
                 columns[f"{quantity}_law"] = (
                     last(data[f"{quantity}_law"]).transpose(self.x, "seed").median("seed").values
                 )
+        if self.over_x:
+            for quantity in [name for name in columns if name not in (self.x, "x")]:
+                columns[quantity] = columns[quantity] / columns[self._position]
         columns["members"], columns["diverged"] = np.full(len(x), diverged.shape[1]), diverged.sum(1)
         return columns
 

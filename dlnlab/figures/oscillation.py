@@ -80,7 +80,7 @@ class OscillationFigure(Figure):
             columns = _amplitudes(cell)
             size = len(columns["step"])
             for key, column in {
-                "line": [cell.label] * size,
+                "line": [cell.label()] * size,
                 **{axis: [value] * size for axis, value in cell.values.items()},
                 **{key: column.tolist() for key, column in columns.items()},
             }.items():

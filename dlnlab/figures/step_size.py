@@ -193,7 +193,7 @@ class StepSizeFigure(Figure):
         columns["smallest_diverging_lr"] = np.full(len(lr), diverges[0] if len(diverges) else np.nan)
         values = {axis: value for axis, value in cell.values.items() if axis != "variant"}
         return [
-            {"line": cell.label, **values, **{key: column[i] for key, column in columns.items()}}
+            {"line": cell.label(), **values, **{key: column[i] for key, column in columns.items()}}
             for i in range(len(lr))
         ]
 
