@@ -347,11 +347,11 @@ def lr_label(dataset: xr.Dataset) -> str:
 
 
 EDGES = {
-    "flow_edge": r"2/sharpness at the flow's end",
-    "mean_square_edge": r"mean-square edge at the flow's end",
+    "flow_edge": "(2/sharpness at the flow's end)",
+    "mean_square_edge": "own edge (GD: 2/sharpness)",
 }
 """Step sizes that others are measured by, in words."""
-_UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$", **{name: f"/ ({words})" for name, words in EDGES.items()}}
+_UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$"} | {name: f"/ {words}" for name, words in EDGES.items()}
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class CoordinatePathsFigure(Figure):
                     panel.set_ylabel(quantity.replace("_", " "))
             top = axes[column]
             end = str(last(data["status"]).values)
-            top.set_title("\n".join([*cell.label().split(", ", 1), end][:3]), fontsize=SMALL_FONT_SIZE, pad=3)
+            top.set_title("\n".join([*cell.words.values(), end]), fontsize=SMALL_FONT_SIZE, pad=3)
             axes[(len(self.quantities) - 1) * len(members) + column].set_xlabel("step")
         for row, quantity in enumerate(self.quantities):
             if quantity in self.log:

@@ -1,6 +1,6 @@
 """CoordinatesFigure: what does each coordinate end with, on the teacher's support and off it?"""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -32,9 +32,9 @@ class CoordinatesFigure(Figure):
     """Variables with one number per coordinate, the coordinates sorted by the teacher's magnitude, support first.
 
     One row of panels per variable, in it a panel per value of the axis `panels` (`variant` counts as one) or a single
-    one, and in each a line per remaining cell: the mean over the seeds that have not diverged, and a band from their 10 %
-    to their 90 % quantile. Each seed's coordinates are sorted by its own teacher; equal entries keep their order, so a
-    coordinate off the support is a place in the order and nothing more. The support is shaded.
+    one, and in each a line per remaining cell: the mean (or median) over the seeds that have not diverged, and a band
+    from their 10 % to their 90 % quantile. Each seed's coordinates are sorted by its own teacher; equal entries keep
+    their order, so a coordinate off the support is a place in the order and nothing more. The support is shaded.
 
     Dashed: a variable `<quantity>_law`, where one is recorded, what theory says. Black: the teacher, if asked for.
 
@@ -43,11 +43,12 @@ class CoordinatesFigure(Figure):
         panels: The axis whose values are panels side by side; None draws all cells in one.
         log: Those of them on a logarithmic scale, where numbers that are not positive are left out; None is all.
         at: The optimizer step to look at; None is the last that was recorded of a variable.
+        average: `mean` or `median`, which a single seed far off does not move.
         with_teacher: Draw the teacher into the first row.
         name: The files' name without suffix; None is `coordinates_figure`.
 
     Raises:
-        ValueError: If quantities is empty or `log` names others.
+        ValueError: If quantities is empty or `log` names others, or average is none of the two.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CoordinatesFigure(Figure):
         panels: str | None = None,
         log: list[str] | None = None,
         at: int | None = None,
+        average: Literal["mean", "median"] = "mean",
         with_teacher: bool = False,
         name: str | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class CoordinatesFigure(Figure):
         if others := sorted(set(self.log) - set(self.quantities)):
             raise ValueError(f"CoordinatesFigure.log: {others[0]!r} is none of quantities = {self.quantities}")
         self.at = at if at is None else checks.integer("CoordinatesFigure.at", at, at_least=0)
+        self.average = checks.one_of("CoordinatesFigure.average", average, ("mean", "median"))
         self.with_teacher = checks.flag("CoordinatesFigure.with_teacher", with_teacher)
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
@@ -93,7 +96,7 @@ class CoordinatesFigure(Figure):
 
         Returns:
             `line` (the cell's label), its axes, `place` (1 is the teacher's largest entry), `teacher` (the mean of its
-            sorted entries) and `on_support` (the share of seeds with a place on it); of each quantity the mean
+            sorted entries) and `on_support` (the share of seeds with a place on it); of each quantity the average
             `<quantity>`, `<quantity>_p10`, `<quantity>_p90` and, where there is one, `<quantity>_law`; the cell's
             `members` and how many have `diverged` and are left out.
         """
@@ -172,7 +175,7 @@ class CoordinatesFigure(Figure):
                 values = np.take_along_axis(_of_coordinates(array), order, 1)[kept]
                 if len(values) == 0:
                     values = np.full((1, len(place)), np.nan)
-                columns[name] = values.mean(0)
+                columns[name] = np.median(values, axis=0) if self.average == "median" else values.mean(0)
                 if name == quantity:
                     columns[f"{name}_p10"], columns[f"{name}_p90"] = np.quantile(values, (0.1, 0.9), axis=0)
         columns["members"] = np.full(len(place), len(kept))
@@ -221,7 +224,7 @@ class CoordinatesFigure(Figure):
         if self.with_teacher:
             handles.append(Line2D([], [], color="black", marker="_", linestyle="", markersize=5, label="teacher"))
         if (size := max(columns["members"][0] for _, columns in found)) > 1:
-            handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size} seeds"))
+            handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"{self.average}, 10–90 % of {size} seeds"))
         return handles
 
 

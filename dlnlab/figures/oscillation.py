@@ -155,7 +155,8 @@ def _amplitudes(cell: Cell) -> dict[str, np.ndarray]:
         raise ValueError("OscillationFigure: no two consecutive steps were recorded; set record.pairs: true")
     beta = data["beta"].transpose("step", "seed", "coordinate").values[recorded]
     running = data["status"].transpose("step", "seed").values[recorded][first + 1] == "running"
-    half = np.square((beta[first + 1] - beta[first]) / 2)  # (pairs, seed, coordinate)
+    with np.errstate(over="ignore"):  # a member that is about to be found diverged
+        half = np.square((beta[first + 1] - beta[first]) / 2)  # (pairs, seed, coordinate)
     on = last(data["teacher"]).values != 0
     columns: dict[str, np.ndarray] = {"step": steps[first], "running": running.sum(1)}
     for part, chosen in zip(PARTS, (on, ~on), strict=True):

@@ -152,7 +152,7 @@ class StepSizeFigure(Figure):
         if self.over is None:
             axes[-1].set_xlabel(lr_label(dataset))
         else:
-            axes[-1].set_xlabel(rf"step size $\gamma$ / ({EDGES.get(self.over, self.over)})")
+            axes[-1].set_xlabel(rf"step size $\gamma$ / {EDGES.get(self.over, self.over)}")
         figure.align_ylabels(axes)
         if handles:
             figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
