@@ -27,6 +27,7 @@ UNITS = {
     "train_loss": "loss, 1/(2n) sum of squared errors",
     "test_loss": "loss, 1/(2n) sum of squared errors",
     "distance": "squared distance of the predictor to the teacher",
+    "teacher": "the entries of beta*",
     "gain": "dimensionless",
     "gain_plus": "dimensionless",
     "gain_minus": "dimensionless",

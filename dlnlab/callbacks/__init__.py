@@ -2,10 +2,13 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.gradient_statistics import GradientStatistics
 from dlnlab.callbacks.implicit_bias import ImplicitBias
 from dlnlab.callbacks.interruption import Interruption
+from dlnlab.callbacks.leading_gain import LeadingGain
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
+from dlnlab.callbacks.perturbation import Perturbation
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
@@ -13,11 +16,14 @@ from dlnlab.recorder import Recorder
 
 __all__ = [
     "GainTracker",
+    "GradientStatistics",
     "ImplicitBias",
     "Interruption",
+    "LeadingGain",
     "Measurement",
     "MemberGuard",
     "MemberProgress",
+    "Perturbation",
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",

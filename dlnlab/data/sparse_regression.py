@@ -1,5 +1,6 @@
 """Sparse linear regression, y = X beta* + noise with few non-zero entries in beta*."""
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from dlnlab import checks
 from dlnlab.data.base import SyntheticData
 from dlnlab.streams import Stream
 
-DISTRIBUTIONS = ("gaussian", "rademacher", "uniform", "student_t", "correlated")
+DISTRIBUTIONS = ("gaussian", "rademacher", "uniform", "student_t", "lognormal", "correlated")
 SIGNALS = ("ones", "signs", "gaussian")
 _T_DEGREES = 3
 _SMALLEST_GAUSSIAN = 0.1
@@ -19,15 +20,17 @@ class SparseRegression(SyntheticData):
     r"""Linear regression on a sparse teacher, `y_i = <beta*, x_i> + noise_std * N(0, 1)`.
 
     The entries of x have variance 1 before `row_scale`, `input_mean` and `normalize_columns`; student_t (3 degrees of
-    freedom) is heavy-tailed. The test rows are drawn like the training rows, but without noise on y.
+    freedom) and lognormal are heavy-tailed, lognormal skewed too. The test rows are drawn like the training rows, but
+    without noise on y.
 
     Args:
         num_samples: n, training rows.
         dim: d, features.
         sparsity: s, non-zero entries of the teacher, at most dim; their places are drawn at random. May be an axis.
         noise_std: Standard deviation of the noise on y, not negative. May be an axis.
-        input_distribution: `gaussian`, `rademacher` (signs), `uniform`, `student_t`, or `correlated`: Gaussian with
-            covariance correlation^|i - j|.
+        input_distribution: `gaussian`, `rademacher` (signs), `uniform`, `student_t`, `lognormal` (exp of N(0, 1), less
+            its mean, over its standard deviation), or `correlated`: Gaussian with covariance correlation^|i - j|. May be
+            an axis.
         correlation: Of neighbouring features, in [0, 1), for `correlated`. May be an axis.
         input_mean: A number added to every entry of x. May be an axis.
         row_scale: Row i of n is multiplied by row i of n evenly spaced values from the first to the second number, in
@@ -45,7 +48,7 @@ class SparseRegression(SyntheticData):
         even2023, section 4; pesme2021 (row_scale).
     """
 
-    axes: ClassVar[tuple[str, ...]] = ("sparsity", "noise_std", "input_mean", "correlation")
+    axes: ClassVar[tuple[str, ...]] = ("sparsity", "noise_std", "input_mean", "correlation", "input_distribution")
 
     def __init__(
         self,
@@ -53,7 +56,9 @@ class SparseRegression(SyntheticData):
         dim: int = 30,
         sparsity: int = 3,
         noise_std: float = 0.0,
-        input_distribution: Literal["gaussian", "rademacher", "uniform", "student_t", "correlated"] = "gaussian",
+        input_distribution: Literal[
+            "gaussian", "rademacher", "uniform", "student_t", "lognormal", "correlated"
+        ] = "gaussian",
         correlation: float = 0.5,
         input_mean: float = 0.0,
         row_scale: list[float] | None = None,
@@ -67,7 +72,7 @@ class SparseRegression(SyntheticData):
         self.dim = checks.integer("dim", dim, at_least=1)
         self.sparsity = sparsity
         self.noise_std = noise_std
-        self.input_distribution = checks.one_of("input_distribution", input_distribution, DISTRIBUTIONS)
+        self.input_distribution = input_distribution
         self.correlation = correlation
         self.input_mean = input_mean
         if row_scale is not None:
@@ -87,6 +92,7 @@ class SparseRegression(SyntheticData):
             raise ValueError(f"sparsity = {values['sparsity']}: must be at most dim = {self.dim}")
         checks.number("noise_std", values["noise_std"], at_least=0)
         checks.number("input_mean", values["input_mean"])
+        checks.one_of("input_distribution", values["input_distribution"], DISTRIBUTIONS)
         if not 0 <= checks.number("correlation", values["correlation"]) < 1:
             raise ValueError(f"correlation = {values['correlation']}: must be at least 0 and below 1")
 
@@ -96,8 +102,10 @@ class SparseRegression(SyntheticData):
 
     def bytes_to_draw(self) -> int:
         """Three normal numbers make one of student_t; `correlated` has a covariance and its factor, (D, D)."""
-        beside = 2 if self.input_distribution == "student_t" else 1
-        covariance = 4 * 8 * self.dim**2 if self.input_distribution == "correlated" else 0
+        ensemble = self._ensemble()
+        kinds = ensemble.axes.get("input_distribution", [self.input_distribution])
+        beside = 2 if "student_t" in kinds else 1
+        covariance = 4 * 8 * self.dim**2 if "correlated" in kinds else 0
         return beside * super().bytes_to_draw() + covariance
 
     def sample(self, stream: Stream, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,18 +138,21 @@ class SparseRegression(SyntheticData):
         return teacher
 
     def _inputs(self, stream: Stream, purpose: str, rows: int, values: dict[str, Any]) -> Tensor:
-        shape = (rows, self.dim)
-        if self.input_distribution == "rademacher":
+        shape, kind = (rows, self.dim), values["input_distribution"]
+        if kind == "rademacher":
             x = stream.signs(purpose, shape)
-        elif self.input_distribution == "uniform":
+        elif kind == "uniform":
             x = (2 * stream.uniforms(purpose, shape) - 1) * 3**0.5
-        elif self.input_distribution == "student_t":
+        elif kind == "student_t":
             # t = N(0, 1)/sqrt(chi^2/degrees), of variance degrees/(degrees - 2).
             chi_squared = stream.normals(purpose, (rows, self.dim, _T_DEGREES), step=1).square().sum(-1)
             x = stream.normals(purpose, shape) * torch.sqrt((_T_DEGREES - 2) / chi_squared)
+        elif kind == "lognormal":
+            # exp(z) has mean e^(1/2) and variance (e - 1) e.
+            x = (torch.exp(stream.normals(purpose, shape)) - math.exp(0.5)) / math.sqrt((math.e - 1) * math.e)
         else:
             x = stream.normals(purpose, shape)
-        if self.input_distribution == "correlated":
+        if kind == "correlated":
             distance = torch.arange(self.dim, device=x.device)
             covariance = float(values["correlation"]) ** (distance[:, None] - distance).abs().double()
             x = x @ torch.linalg.cholesky(covariance).T

@@ -671,6 +671,7 @@ class LinearNetwork(LightningModule):
             "train_loss": self.full_losses,
             "test_loss": "the data have no test set (num_test_samples = 0)",
             "distance": no_teacher,
+            "teacher": no_teacher,
             "beta": self.predictor,
             "time": self._time,
         }
@@ -678,6 +679,7 @@ class LinearNetwork(LightningModule):
             found["test_loss"] = lambda: self.losses(self.full_batch(test=True))
         if self.problems.teacher is not None:
             found["distance"] = self._distance
+            found["teacher"] = lambda: self.problems.teacher[self.problem_index]
         for name in ("gain", "gain_plus", "gain_minus", "effective_init", "imbalance"):
             found[name] = self._of_optimizer(name)
         for name in INVARIANTS:

@@ -25,6 +25,8 @@ class DiagonalLinearNetwork(LinearNetwork):
 
     Args:
         init_scale: alpha: a positive number, or one per feature (D,). May be an axis (numbers).
+        init_on_support: Multiplies alpha on the support of the data's teacher: what an effective initialisation of that
+            shape does, made by hand. May be an axis.
         dim: D; None takes the data's.
         start_at: What is taken of a run this one starts from: its `parameters`, or its `effective_init` alone, that is
             w+ = w- = sqrt|w+ w-| and beta = 0.
@@ -37,24 +39,27 @@ class DiagonalLinearNetwork(LinearNetwork):
         even2023, section 2 (u, v and their initialisation); the rotated state: derived here.
     """
 
-    axes: ClassVar[tuple[str, ...]] = (*LinearNetwork.axes, "init_scale")
+    axes: ClassVar[tuple[str, ...]] = (*LinearNetwork.axes, "init_scale", "init_on_support")
     closed_form_optimizers: ClassVar = (GainSGD, GradientFlow, StochasticGradientFlow)
 
     def __init__(
         self,
         init_scale: float | list[float] = 0.1,
         dim: int | None = None,
+        init_on_support: float = 1.0,
         start_at: Literal["parameters", "effective_init"] = "parameters",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.start_at = checks.one_of("start_at", start_at, ("parameters", "effective_init"))
-        self.init_scale = init_scale
+        self.init_scale, self.init_on_support = init_scale, init_on_support
         if dim is not None:
             checks.integer("dim", dim, at_least=1)
         for value in self.per_member("init_scale"):
             for entry in value if isinstance(value, list | tuple) else [value]:
                 checks.positive("init_scale", entry)
+        for value in self.per_member("init_on_support"):
+            checks.positive("init_on_support", value)
         self._kernel: Any = None
         self._flow: DualFlow | None = None
         if dim is not None:
@@ -71,8 +76,22 @@ class DiagonalLinearNetwork(LinearNetwork):
             raise ValueError(
                 f"init_scale has {scales.shape[1]} entries: must be one number or {num_features}, one per feature"
             )
-        self.w_plus = Parameter(scales.expand(-1, num_features).clone())
-        self.w_minus = Parameter(scales.expand(-1, num_features).clone())
+        scales = scales.expand(-1, num_features)
+        factors = self.per_member("init_on_support")
+        if set(factors) != {1.0}:
+            support = self._support()
+            factors = torch.tensor(factors, dtype=self.number_type)[:, None]
+            scales = torch.where(support.cpu(), scales * factors, scales)
+        self.w_plus = Parameter(scales.clone())
+        self.w_minus = Parameter(scales.clone())
+
+    def _support(self) -> Tensor:
+        """Where the teacher of each member's problem is not zero, boolean (E, D)."""
+        if self.problems is None:
+            raise ValueError("init_on_support: the support is the data's; leave dim to them")
+        if self.problems.teacher is None:
+            raise ValueError("init_on_support: the data have no teacher; it must be 1")
+        return self.problems.teacher[self.problem_index] != 0
 
     def numbers_per_member(self, num_features: int, num_outputs: int | None) -> int:
         """w+ and w-."""
@@ -101,23 +120,31 @@ class DiagonalLinearNetwork(LinearNetwork):
         if self.lr_unit not in ("flow_edge", "mean_square_edge"):
             return super().unit_of_lr()
         # As the members begin; those that agree in all that the edge depends on share it.
-        init, names = self.per_member("init_scale"), ["problem", "init"]
+        names = ["problem", "init", "on_support"]
         if self.lr_unit == "mean_square_edge":
             names += ["batch_size", "sampling"]
         columns = {
             "problem": self.problem_index.tolist(),
-            "init": [tuple(value) if isinstance(value, list | tuple) else value for value in init],
+            "init": [
+                tuple(value) if isinstance(value, list | tuple) else value for value in self.per_member("init_scale")
+            ],
+            "on_support": self.per_member("init_on_support"),
             "batch_size": self.per_member("batch_size"),
             "sampling": self.per_member("sampling"),
         }
         kinds = list(zip(*(columns[name] for name in names), strict=True))
         edges: dict[Any, Tensor] = {}
-        for batches in dict.fromkeys(kind[2:] for kind in kinds):
-            alike = list(dict.fromkeys(kind for kind in kinds if kind[2:] == batches))
+        for batches in dict.fromkeys(kind[3:] for kind in kinds):
+            alike = list(dict.fromkeys(kind for kind in kinds if kind[3:] == batches))
             x, y = (tensor[[kind[0] for kind in alike]] for tensor in (self.problems.x, self.problems.y))
             scale = torch.tensor([kind[1] for kind in alike], dtype=torch.float64, device=x.device)
             scale = scale if scale.ndim == 2 else scale[:, None]
             scale = scale.expand(-1, x.shape[-1])
+            factors = [kind[2] for kind in alike]
+            if set(factors) != {1.0}:
+                support = self.problems.teacher[[kind[0] for kind in alike]] != 0
+                factors = torch.tensor(factors, dtype=torch.float64, device=x.device)[:, None]
+                scale = torch.where(support, scale * factors, scale)
             if not batches or batches[0] == "full":
                 found = theory.flow_edge(x, y, scale)
             else:
@@ -256,6 +283,8 @@ class DiagonalLinearNetwork(LinearNetwork):
                 values[name] = records.train_loss[:reached]
             elif name == "time":
                 values[name] = records.steps[:reached, None] * lr.double()
+            elif name == "teacher":
+                values[name] = self.problems.teacher[self.problem_index].expand(reached, -1, -1)
             elif name == "distance":
                 values[name] = (beta - self.problems.teacher[self.problem_index]).square().sum(-1)
             elif name == "test_loss":
@@ -357,7 +386,7 @@ class DiagonalLinearNetwork(LinearNetwork):
 
 _RECORD_BYTES = 64 * 2**20
 """What the kernel may write between two looks of the recorder."""
-_PREDICTOR_ONLY = {"train_loss", "test_loss", "distance", "beta", "time"}
+_PREDICTOR_ONLY = {"train_loss", "test_loss", "distance", "beta", "teacher", "time"}
 _OF_FACTORS = {
     "gain": Factors.gain,
     "gain_plus": Factors.gain_plus,

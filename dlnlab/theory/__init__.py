@@ -15,7 +15,7 @@ from dlnlab.theory.bounds import (
     initial_gradient_second_moment,
     leading_gain,
 )
-from dlnlab.theory.flow import flow_edge, flow_sharpness, loss_integral
+from dlnlab.theory.flow import flow_edge, flow_integrals, flow_sharpness, loss_integral
 from dlnlab.theory.gain import (
     effective_init,
     gain_increment,
@@ -51,6 +51,7 @@ __all__ = [
     "expected_gain_bounds",
     "flattest_interpolator",
     "flow_edge",
+    "flow_integrals",
     "flow_sharpness",
     "gain_bounds",
     "gain_increment",

@@ -419,7 +419,11 @@ def test_the_guards_grid_is_absolute_and_knows_no_chunks(fit, chunk):
         ({}, {"init_scale": math.nan}, r"^init_scale = nan: must be positive and finite$"),
         ({}, {"init_scale": [0.1, 0.2]}, r"^init_scale has 2 entries: must be one number or 3, one per feature$"),
         ({}, {"dim": 4}, r"^the model's predictor has 4 features and the data have 3$"),
-        ({"momentum": [0.1]}, {}, r"^ensemble\.momentum: no such axis; the axes here are batch_size, init_scale, "),
+        (
+            {"momentum": [0.1]},
+            {},
+            r"^ensemble\.momentum: no such axis; the axes here are batch_size, init_on_support, init_scale, ",
+        ),
         ({"sparsity": [1, 2]}, {}, r"^ensemble\.sparsity: no such axis"),
         ({"lr": [0.1, 1.0], "weight_decay": [0.1, 0.5]}, {}, r"2 lr weight_decay must be below 1"),
         ({}, {"dtype": "float16"}, r"^dtype = 'float16': must be one of float64, float32$"),
