@@ -35,6 +35,17 @@ TAGS = {
     "sharpness": "curvature/sharpness",
     "effective_sharpness": "curvature/effective_sharpness",
     "effective_rank": "rank/effective",
+    "gamma_max": "theory/gamma_max",
+    "gamma_tilde_max": "theory/gamma_tilde_max",
+    "gamma_max_islands": "theory/gamma_max_islands",
+    "flow_edge": "theory/flow_edge",
+    "flattest_edge": "theory/flattest_edge",
+    "mean_square_edge": "theory/mean_square_edge",
+    "almost_sure_edge": "theory/almost_sure_edge",
+    "gamma_max_over_flow_edge": "theory/gamma_max_over_flow_edge",
+    "gamma_max_over_flattest_edge": "theory/gamma_max_over_flattest_edge",
+    "gamma_max_over_mean_square_edge": "theory/gamma_max_over_mean_square_edge",
+    "gamma_max_over_almost_sure_edge": "theory/gamma_max_over_almost_sure_edge",
 }
 """TensorBoard tags of variables; any other variable with one number per member is `measured/<name>`."""
 _UNDERFLOW = ("train_loss", "test_loss", "distance")  # event files hold float32, so these are logged as log10 too

@@ -8,6 +8,7 @@ from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Recorder",
     "RunCheckpoint",
     "SupportRecovery",
+    "Thresholds",
 ]

@@ -139,5 +139,33 @@ class Measurement(Callback):
         self._last_step = state_dict["last_step"]
 
 
+class LastMeasurement(Measurement):
+    """A measurement too dear, or too little changing, to follow the recorder: the last step only, unless scheduled.
+
+    Args:
+        every_n_steps: A period in optimizer steps.
+        at: A list of steps.
+
+    Raises:
+        ValueError: If both are given or one is no schedule.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
+        super().__init__(every_n_steps, at)
+        self._scheduled = self.schedule is not None
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check; see `Measurement.prepare`."""
+        if self.schedule is None:
+            self.schedule = Schedule(at=[0])  # nothing is left of it once training starts
+        super().prepare(trainer, module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure step 0 where there is a schedule."""
+        self._finished = False
+        if self._scheduled:
+            super().on_train_start(trainer, pl_module)
+
+
 def _recorder_of(trainer: Trainer) -> Recorder | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, Recorder)), None)
