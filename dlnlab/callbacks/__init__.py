@@ -2,6 +2,7 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.gain_bounds import GainBounds
 from dlnlab.callbacks.interruption import Interruption
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
@@ -12,6 +13,7 @@ from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
 
 __all__ = [
+    "GainBounds",
     "GainTracker",
     "Interruption",
     "Measurement",

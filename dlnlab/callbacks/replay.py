@@ -42,20 +42,19 @@ class Replay:
         if bool((decay != 0).any()) or any(model.per_member("label_noise")):
             raise ValueError(f"{name}: is not defined with weight_decay or label_noise; they must be 0")
 
-    def distinct(self) -> tuple[Tensor, Tensor]:
-        """Members that differ in more than their step size.
+    def distinct(self, batches: bool = True) -> tuple[Tensor, Tensor]:
+        """Members that differ in more than their step size: in problem, start and, unless told otherwise, batches.
 
         Returns:
             One of each kind, (K,), and the kind of every member, (E,).
         """
-        drawn = (self.batches.size > 0)[:, None]
-        batches = torch.stack((self.batches.size, self.batches.sampling), -1)
-        rows = torch.cat(
-            (self.problem[:, None], *((values * drawn) for values in (batches, self.batches.sampling_key))), 1
-        )
-        _, where = torch.unique(rows, dim=0, return_inverse=True)
         _, start = torch.unique(torch.cat(self.start, -1), dim=0, return_inverse=True)
-        _, kind = torch.unique(torch.stack((where, start), -1), dim=0, return_inverse=True)
+        columns = [self.problem[:, None], start[:, None]]
+        if batches:
+            drawn = (self.batches.size > 0)[:, None]
+            kinds = torch.stack((self.batches.size, self.batches.sampling), -1)
+            columns += [kinds * drawn, self.batches.sampling_key * drawn]
+        _, kind = torch.unique(torch.cat(columns, 1), dim=0, return_inverse=True)
         members = torch.full((int(kind.max()) + 1,), len(kind), device=kind.device)
         members.scatter_reduce_(0, kind, torch.arange(len(kind), device=kind.device), "amin")
         return members, kind

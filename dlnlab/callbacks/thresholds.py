@@ -37,7 +37,7 @@ class Thresholds(LastMeasurement):
     num_rates num_steps steps a member.
 
     Args:
-        num_steps: Steps each step size is given; none converges whose loss takes longer.
+        num_steps: Steps each step size is given, None is those of the fit; none converges whose loss takes longer.
         settled: A step size converges if the full loss is below this part of its first value at the last four steps. Where
             gradient descent's period doubles, the oscillation's loss grows with the excess: 1e-3 lets 1.5 % pass, 1e-4 a
             tenth of that, and less asks for more steps.
@@ -58,7 +58,7 @@ class Thresholds(LastMeasurement):
 
     def __init__(
         self,
-        num_steps: int = 20_000,
+        num_steps: int | None = None,
         settled: float = 1e-4,
         tol: float = 0.01,
         lowest: float = 0.5,
@@ -69,7 +69,9 @@ class Thresholds(LastMeasurement):
         at: Any = None,
     ) -> None:
         super().__init__(every_n_steps, at)
-        self.num_steps = checks.integer("Thresholds.num_steps", num_steps, at_least=1)
+        if num_steps is not None:
+            checks.integer("Thresholds.num_steps", num_steps, at_least=1)
+        self.num_steps = num_steps
         self.settled = checks.positive("Thresholds.settled", settled)
         self.tol = checks.positive("Thresholds.tol", tol)
         self.lowest = checks.positive("Thresholds.lowest", lowest)
@@ -98,14 +100,15 @@ class Thresholds(LastMeasurement):
             replay = Replay(model)
             members, kind = replay.distinct()
             edges = edges_of(model, members, replay.start, self.almost_sure)
-            last = list(range(max(1, self.num_steps - 3), self.num_steps + 1))
+            num_steps = model.trainer.max_steps if self.num_steps is None else self.num_steps
+            last = list(range(max(1, num_steps - 3), num_steps + 1))
 
             def trial(which: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
                 factors = replay.begin(tried := members[which])
                 wanted = self.settled * replay.losses(tried, factors)
                 records = Records.allocate(last, factors)
                 tol = 1e-6 * float(wanted.min())  # by chance a loss that oscillates may pass, but not so low
-                status = replay.advance(tried, factors, lr, 0, self.num_steps, tol, records=records)
+                status = replay.advance(tried, factors, lr, 0, num_steps, tol, records=records)
                 settled = (records.train_loss.to(wanted) <= wanted).all(0)
                 return settled, (status == 2).to(wanted.device)
 
