@@ -236,8 +236,9 @@ class DiagonalLinearNetwork(LinearNetwork):
             k = record_steps[-1] - start
         records = kernels.Records.allocate(record_steps, factors, everything)
         taken = self.kernel.advance(
-            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self.kernel_batches, start,
-            start + k, self.status, self.stopped_at, rule, records, num_threads=kernels.num_threads(),
+            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index,
+            self.kernel_batches, start, start + k, self.status, self.stopped_at, rule, records,
+            num_threads=kernels.num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
