@@ -16,7 +16,7 @@ _HOMES = {
     "run": "dlnlab.interactive",
     "simulate": "dlnlab.interactive",
 }
-_ROOMS = ("callbacks", "data", "figures", "models", "optim", "streams")
+_ROOMS = ("callbacks", "curvature", "data", "figures", "models", "optim", "streams")
 
 __all__ = [*_HOMES, *_ROOMS]
 
