@@ -8,6 +8,7 @@ from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.sharpness import Sharpness
 from dlnlab.recorder import Recorder
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
+    "Sharpness",
     "SupportRecovery",
 ]

@@ -1,5 +1,6 @@
 """Extreme eigenpairs of an operator: a thick-restarted Krylov method that starts where the last one ended."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -183,6 +184,18 @@ class _Solver:
             self.images[:, m].masked_fill_(self.lost[:, None], 0)
             column = column.masked_fill(~finite[:, None], 0)
         self.projected[:, m, : m + 1] = self.projected[:, : m + 1, m] = column
+        if self.num_products == 2:
+            self._check_symmetry()
+
+    def _check_symmetry(self) -> None:
+        one, other = self.rows[:, 0], self.rows[:, 1]
+        difference = ((self.images[:, 0] * other).sum(-1) - (self.images[:, 1] * one).sum(-1)).abs()
+        if bool((difference > 0.01 * torch.linalg.vector_norm(self.images[:, :2], dim=(1, 2))).any()):
+            warnings.warn(
+                "the operator is not symmetric: either the loss is not the same function at every evaluation, or one of "
+                "its operations has a wrong second derivative; compare with method='finite_differences'",
+                stacklevel=4,
+            )
 
     def _orthonormal(self, rows: Tensor) -> Tensor:
         basis = self.rows[:, : self.count]

@@ -17,9 +17,13 @@ from dlnlab.curvature.operators import Operator
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 """A direction, one tensor for each parameter -> the matrix times it, likewise."""
+Evaluation = tuple[Tensor, list[Tensor], Product]
+"""Of one batch: the loss, its gradient, one tensor for each parameter, and the product."""
 Methods = Literal["auto", "graph", "recompute", "finite_differences"]
 
 _BYTES = 2**30
+# Its fused backward pass takes the norm for a constant (torch 2.13; seen as a Hessian that is not symmetric).
+_WRONG = ("WeightNormInterfaceBackward0",)
 _TWICE = "{} cannot be differentiated twice: write it with other operations, or ask for method='finite_differences'"
 
 
@@ -69,7 +73,7 @@ def hessian(
         Pearlmutter 1994 (Hessian-vector products).
     """
 
-    def build(*batch: Any) -> tuple[Tensor, Product]:
+    def build(*batch: Any) -> Evaluation:
         value = loss(*batch)
         total = _total(value)
         _refuse_final_functions(total, params)
@@ -82,20 +86,21 @@ def hessian(
                 return [torch.zeros_like(param) for param in params]
             return _grad(outputs, params, [direction[i] for _, i in used], retain_graph=True)
 
-        return value, product
+        return value, gradients, product
 
-    def differences(*batch: Any) -> tuple[Tensor, Product]:
+    def differences(*batch: Any) -> Evaluation:
         states = _random_states(params)
 
-        def gradient() -> list[Tensor]:
+        def evaluate() -> tuple[Tensor, list[Tensor]]:
             _set_random_states(states)
-            return _grad(_total(loss(*batch)), params)
+            value = loss(*batch)
+            return value.detach(), _grad(_total(value), params)
 
         def product(direction: Sequence[Tensor]) -> list[Tensor]:
-            return _central_difference(gradient, params, direction, members=value.ndim)
+            return _central_difference(lambda: evaluate()[1], params, direction, members=value.ndim)
 
-        value = loss(*batch).detach()
-        return value, product
+        value, gradients = evaluate()
+        return value, gradients, product
 
     params = _trainable(params)
     return LossOperator(differences if method == "finite_differences" else build, params, batches, method, memory, rows)
@@ -134,7 +139,7 @@ def gauss_newton(
         Schraudolph 2002.
     """
 
-    def build(*batch: Any) -> tuple[Tensor, Product]:
+    def build(*batch: Any) -> Evaluation:
         found = outputs(*batch)
         value = loss(found, *batch)
         total = _total(value)
@@ -153,17 +158,46 @@ def gauss_newton(
             (curved,) = _grad(slope, [found], change, retain_graph=True)
             return _grad(found, params, curved, retain_graph=True)
 
-        return value, product
+        return value, _grad(found, params, slope.detach(), retain_graph=True), product
 
     params = _trainable(params)
     return LossOperator(build, params, batches, method, memory, rows)
+
+
+def mean_loss(
+    loss: Callable[..., Tensor],
+    params: Iterable[Tensor],
+    batches: Iterable[Any] | None = None,
+    rows: Callable[[Any], float] | None = None,
+) -> Callable[[], tuple[Tensor, float]]:
+    """A loss without its gradient, evaluated as often as wanted, each time with the same random numbers.
+
+    Args:
+        loss: As for `hessian`, and so are the others.
+        params: Where random numbers may be drawn.
+        batches: Batches.
+        rows: A batch's weight.
+
+    Returns:
+        A function: nothing -> the mean loss, and the weight of all batches.
+    """
+    passes = Passes(_trainable(params), batches, rows)
+
+    def evaluate() -> tuple[Tensor, float]:
+        total, whole = 0.0, 0.0
+        with passes.walk() as each, torch.no_grad():
+            for _, weight, arguments in each:
+                total, whole = total + weight * loss(*arguments), whole + weight
+        return total / whole, whole
+
+    return evaluate
 
 
 class LossOperator(Operator):
     """The weighted mean over batches of a matrix that belongs to a loss; made by `hessian` and `gauss_newton`.
 
     Args:
-        build: A batch (or nothing) -> its loss, and the product with its matrix.
+        build: A batch (or nothing) -> its loss, the loss's gradient, and the product with its matrix.
         params: The parameters, in the order of a vector's entries.
         batches: See `hessian`.
         method: See `hessian`.
@@ -173,7 +207,7 @@ class LossOperator(Operator):
 
     def __init__(
         self,
-        build: Callable[..., tuple[Tensor, Product]],
+        build: Callable[..., Evaluation],
         params: list[Tensor],
         batches: Iterable[Any] | None = None,
         method: Methods = "auto",
@@ -182,11 +216,8 @@ class LossOperator(Operator):
     ) -> None:
         if method not in ("auto", "graph", "recompute", "finite_differences"):
             raise ValueError(f"method = {method!r}: must be one of auto, graph, recompute, finite_differences")
-        if isinstance(batches, Iterator):
-            batches = list(batches)
-        self.params, self.batches, self._build = params, batches, build
-        self._rows = rows or num_rows
-        self._generator = getattr(batches, "generator", None)
+        self.params, self._build = params, build
+        self._passes = Passes(params, batches, rows)
         self._kept: list[Product] = []
         """Products of the first batches, whose graphs are kept."""
         self.weights: list[float] = []
@@ -197,7 +228,6 @@ class LossOperator(Operator):
             self.method = method
         unlimited = method == "graph" or (memory is None and batches is None)
         limit = float("inf") if unlimited else _BYTES if memory is None else memory
-        self._before = _random_states(params)
         self._first_pass(limit if method in ("auto", "graph") else 0.0)
         members = self.loss.shape[0] if self.loss.ndim == 1 else None
         if members is not None and any(param.shape[:1] != (members,) for param in params):
@@ -209,6 +239,9 @@ class LossOperator(Operator):
         super().__init__(size, members, kind, params[0].device)
         self._total_weight = sum(self.weights)
         self.loss = self.loss / self._total_weight
+        self.gradient = self.flatten(self._gradients) / self._total_weight
+        """The mean gradient, (n,) or (E, n)."""
+        del self._gradients
 
     def share(self, reduce: Callable[[Tensor], Tensor], agree: Callable[[bool], bool]) -> "LossOperator":
         """Make this the mean over the batches of several processes; all must call its `matvec` alike.
@@ -222,7 +255,8 @@ class LossOperator(Operator):
         """
         weight = torch.tensor([self._total_weight], dtype=torch.float64, device=self.device)
         total = float(reduce(weight))
-        self.loss = reduce(self.loss.detach() * (self._total_weight / total))
+        self.loss = reduce(self.loss * (self._total_weight / total))
+        self.gradient = reduce(self.gradient * (self._total_weight / total))
         self._total_weight, self._reduce, self.agree = total, reduce, agree
         return self
 
@@ -230,7 +264,7 @@ class LossOperator(Operator):
         """See `Operator.matvec`."""
         dims = len(self.shape) - 1
         flat = vectors.reshape(-1, *vectors.shape[vectors.ndim - dims :])
-        results = [self._flatten(parts) for parts in self._products([self.split(row) for row in flat])]
+        results = [self.flatten(parts) for parts in self._products([self.split(row) for row in flat])]
         result = torch.stack(results) / self._total_weight
         if self._reduce is not None:
             result = self._reduce(result)
@@ -243,62 +277,34 @@ class LossOperator(Operator):
         parts = vector.split(sizes, -1)
         return [part.reshape(param.shape).to(param) for part, param in zip(parts, self.params, strict=True)]
 
-    def _flatten(self, parts: Sequence[Tensor]) -> Tensor:
+    def flatten(self, parts: Sequence[Tensor]) -> Tensor:
+        """Tensors of the parameters' shapes as a vector, (n,) or (E, n)."""
         lead = self.shape[:1] if len(self.shape) == 3 else ()
         return torch.cat([part.reshape(*lead, -1).to(self.dtype) for part in parts], -1)
-
-    # Batches ----------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _pass(self) -> Iterator[Iterator[tuple[int, tuple]]]:
-        """One pass over the batches: their numbers and the loss's arguments; each pass sees the same random numbers."""
-        order = None if self._generator is None else self._generator.get_state()
-
-        def each() -> Iterator[tuple[int, tuple]]:
-            _set_random_states(self._before)
-            if self.batches is None:
-                yield 0, ()
-                return
-            seed, batches = torch.initial_seed(), iter(self.batches)
-            for number in count():
-                if number:  # whether the last batch was evaluated or not
-                    _seed(self.params, seed + number)
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                yield number, (batch,)
-
-        states = _random_states(self.params)
-        try:
-            with twice_differentiable(self.params[0].device.type):
-                yield each()
-        finally:
-            _set_random_states(states)
-            if order is not None:
-                self._generator.set_state(order)
 
     def _first_pass(self, limit: float) -> None:
         """Evaluate every batch once: weights, the loss, and the graphs that may be kept."""
         held = 0.0
-        with self._pass() as batches:
-            for number, arguments in batches:
-                weight = float(self._rows(*arguments)) if arguments else 1.0
+        with self._passes.walk() as batches:
+            self._gradients = [torch.zeros_like(param) for param in self.params]
+            for number, weight, arguments in batches:
                 keep = number == len(self._kept) and held < limit
                 if keep and limit < float("inf"):
                     states = _random_states(self.params)
                     held += self._bytes(arguments)
                     keep = held <= limit
                     _set_random_states(states)
-                value, product = self._build(*arguments)
+                value, gradients, product = self._build(*arguments)
                 if number == 0:  # what cannot be differentiated twice is refused at once
                     product([torch.zeros_like(param) for param in self.params])
                 weighted = weight * value.detach()
                 self.loss = weighted if self.loss is None else self.loss + weighted
                 self.weights.append(weight)
+                for total, gradient in zip(self._gradients, gradients, strict=True):
+                    total.add_(gradient.detach(), alpha=weight)
                 if keep:
                     self._kept.append(product)
-                del value, product  # or the graph would live until the next is there
+                del value, gradients, product  # or the graph would live until the next is there
         if not self.weights:
             raise ValueError("batches: there is none")
 
@@ -332,11 +338,59 @@ class LossOperator(Operator):
             for product, weight in zip(self._kept, self.weights, strict=False):
                 add(product, weight)
         if kept < len(self.weights):
-            with self._pass() as batches:
-                for number, arguments in batches:
+            with self._passes.walk() as batches:
+                for number, weight, arguments in batches:
                     if number >= kept:
-                        add(self._build(*arguments)[1], self.weights[number])
+                        add(self._build(*arguments)[2], weight)
         return sums
+
+
+class Passes:
+    """Passes over batches that all see the same batches and the same random numbers, and leave the generators alone.
+
+    Args:
+        params: Where random numbers may be drawn.
+        batches: Batches, or None for a loss of no arguments.
+        rows: A batch's weight.
+    """
+
+    def __init__(
+        self, params: list[Tensor], batches: Iterable[Any] | None, rows: Callable[[Any], float] | None
+    ) -> None:
+        self.params = params
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.rows = rows or num_rows
+        self._generator = getattr(batches, "generator", None)  # a shuffling loader's own
+        self._before = _random_states(params)
+
+    @contextmanager
+    def walk(self) -> Iterator[Iterator[tuple[int, float, tuple]]]:
+        """One pass: the batches' numbers, their weights, and the loss's arguments."""
+        order = None if self._generator is None else self._generator.get_state()
+
+        def each() -> Iterator[tuple[int, float, tuple]]:
+            _set_random_states(self._before)
+            if self.batches is None:
+                yield 0, 1.0, ()
+                return
+            seed, batches = torch.initial_seed(), iter(self.batches)
+            for number in count():
+                if number:  # whether the last batch was evaluated or not
+                    _seed(self.params, seed + number)
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                yield number, float(self.rows(batch)), (batch,)
+
+        states = _random_states(self.params)
+        try:
+            with twice_differentiable(self.params[0].device.type):
+                yield each()
+        finally:
+            _set_random_states(states)
+            if order is not None:
+                self._generator.set_state(order)
 
 
 def num_rows(batch: Any) -> int:
@@ -391,9 +445,9 @@ def _grad(outputs: Any, inputs: list[Tensor], along: Any = None, **options: Any)
 
 
 def _refuse_final_functions(loss: Tensor, params: list[Tensor]) -> None:
-    """Refuse custom functions whose backward pass is marked as final, on the way to the parameters.
+    """Refuse functions on the way to the parameters whose second derivative torch leaves out without a word.
 
-    Asked for the gradient in some inputs, torch leaves their second derivative out without a word.
+    They are custom functions whose backward pass is marked by `once_differentiable`, and those of `_WRONG`.
     """
     parents: dict[Any, list[Any]] = {}
     waiting = [loss.grad_fn]
@@ -418,13 +472,17 @@ def _refuse_final_functions(loss: Tensor, params: list[Tensor]) -> None:
                 waiting += parents[node]
         return False
 
-    names = dict.fromkeys(type(node).__name__.removesuffix("Backward") for node in final if reaches(node))
+    names = dict.fromkeys(
+        type(node).__name__.removesuffix("0").removesuffix("Backward") for node in final if reaches(node)
+    )
     if names:
         raise RuntimeError(_TWICE.format(", ".join(names)))
 
 
 def _is_final(node: Any) -> bool:
-    """Whether a node belongs to a custom function whose backward pass is wrapped by `once_differentiable`."""
+    """Whether a node's second derivative is missing without an error."""
+    if node.name() in _WRONG:
+        return True
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     while hasattr(backward, "__wrapped__"):
         if backward.__code__.co_filename == torch.autograd.function.__file__:

@@ -219,3 +219,9 @@ def test_a_scipy_like_operator_is_enough():
     found = eigenpairs(Plain(), tol=1e-8)
     assert isinstance(found, Eigenpairs)
     assert float(found.values) == pytest.approx(19)
+
+
+def test_an_operator_that_is_not_symmetric_is_noticed():
+    matrix = torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.warns(UserWarning, match="the operator is not symmetric"):
+        eigenpairs(matrix, max_products=20)

@@ -443,6 +443,20 @@ def test_an_operation_of_torch_without_second_derivative_is_named():
         hessian(loss, [w])
 
 
+def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_refused():
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), torch.randn(6, 4)
+
+    def loss():
+        return layer(x).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"WeightNormInterface cannot be differentiated twice"):
+        hessian(loss, layer.parameters())
+    dense = hessian(loss, layer.parameters(), method="finite_differences").dense()
+    torch.testing.assert_close(dense, dense.T, atol=1e-8, rtol=0)  # of the differences
+    wrong = dense_columns(layer, loss)
+    assert float((wrong - wrong.T).abs().max()) > 0.01  # once torch is right, it need not be refused
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
