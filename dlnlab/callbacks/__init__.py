@@ -9,6 +9,7 @@ from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.sharpness import Sharpness
 from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
 
@@ -22,6 +23,7 @@ __all__ = [
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
+    "Sharpness",
     "SupportRecovery",
     "Thresholds",
 ]

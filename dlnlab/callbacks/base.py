@@ -11,6 +11,7 @@ discipline, and recording: under the recorder the values go to the results and t
 over members goes to the trainer's loggers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -114,8 +115,10 @@ class Measurement(Callback):
             self._measure(trainer, module, None, final=True)
 
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, final: bool = False) -> None:
-        step = trainer.global_step
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, batch: Any, final: bool = False, at: int | None = None
+    ) -> None:
+        step = trainer.global_step if at is None else at
         if not final:
             self._last_step = step
         if isinstance(module, LinearNetwork):
@@ -127,6 +130,7 @@ class Measurement(Callback):
             return
         medians = {TAGS.get(name, f"measured/{name}"): float(value.double().median())
                    for name, value in values.items() if value.ndim == 1}  # fmt: skip
+        medians = {tag: median for tag, median in medians.items() if not math.isnan(median)}
         for logger in trainer.loggers:
             logger.log_metrics(medians, step=step)
 

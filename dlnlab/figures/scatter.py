@@ -6,24 +6,27 @@ import numpy as np
 import xarray as xr
 from matplotlib.lines import Line2D
 
+from dlnlab import checks
 from dlnlab.figures.axis import _words
 from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels
 from dlnlab.figures.step_size import _last, _value_label
 
-_MOST_KEYS = 6
+_MOST_KEYS, _FEWEST = 6, 4
 
 
 class ScatterFigure(Figure):
     """Final values of quantities against one, a dot for each member; both axes logarithmic.
 
-    Members that have diverged are left out, as are numbers that are not positive and finite. Each panel names the rank
-    correlation (Spearman's) of what it shows.
+    Left out are members that have diverged or, where train_loss is recorded, whose last one is not below `settled` times
+    the first, and numbers that are not positive and finite. Above each panel: Spearman's rank correlation among the
+    members of a seed and a colour, its median over seeds (instances differ more than what one does to them).
 
     Args:
         x: The variable along the horizontal axis, one number per member.
         y: Variables along the vertical axes, a panel each.
         colour: An axis of the ensemble whose values the colours tell.
         diagonal: Draw the line y = x.
+        settled: As above.
         name: The files' name without suffix; None is `scatter_figure`.
 
     Raises:
@@ -36,12 +39,14 @@ class ScatterFigure(Figure):
         y: list[str] = ["train_loss"],  # noqa: B006 - never changed
         colour: str | None = None,
         diagonal: bool = False,
+        settled: float = 0.01,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         if not y:
             raise ValueError("ScatterFigure.y = []: must name at least one variable")
         self.x, self.y, self.colour, self.diagonal = x, y, colour, diagonal
+        self.settled = checks.positive("ScatterFigure.settled", settled)
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
         """Raise ValueError if a variable or the axis of the colours is missing."""
@@ -64,7 +69,10 @@ class ScatterFigure(Figure):
         self.check({str(name) for name in dataset.data_vars}, {str(axis): [] for axis in dataset.dims})
         members = xr.Dataset({name: _last(dataset[name]) for name in (self.x, *self.y)})
         axes = [str(axis) for axis in members.dims]
-        members = members.where((_last(dataset["status"]) != "diverged") & np.isfinite(members) & (members > 0))
+        there = _last(dataset["status"]) != "diverged"
+        if "train_loss" in dataset:
+            there &= _last(dataset["train_loss"]) <= self.settled * dataset["train_loss"].isel(step=0, drop=True)
+        members = members.where(there & np.isfinite(members) & (members > 0))
         if not axes:
             return {name: np.atleast_1d(members[name].values) for name in (self.x, *self.y)}
         flat = members.stack(member=axes).reset_index("member").reset_coords(axes)
@@ -110,9 +118,7 @@ class ScatterFigure(Figure):
                 chosen = drawn & (of == kind)
                 panel.plot(table[self.x][chosen], y[chosen], "o", color=colour[kind], markersize=2, alpha=0.6,
                            markeredgewidth=0)  # fmt: skip
-            if drawn.sum() > 2:
-                panel.set_title(f"rank correlation {_rank_correlation(table[self.x][drawn], y[drawn]):.2f}",
-                                fontsize=SMALL_FONT_SIZE, pad=2)  # fmt: skip
+            panel.set_title(self._correlations(table, name, kinds), fontsize=SMALL_FONT_SIZE, pad=2)
         log_axis(axes[-1].xaxis, *ends)
         axes[-1].set_xlabel(_words(self.x))
         figure.align_ylabels(axes)
@@ -121,7 +127,20 @@ class ScatterFigure(Figure):
                           handlelength=1.4, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
         return figure
 
-
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    ranks = np.stack([values.argsort().argsort() for values in (x, y)])
-    return float(np.corrcoef(ranks)[0, 1])
+    def _correlations(self, table: dict[str, np.ndarray], name: str, kinds: list[Any]) -> str:
+        """The text above a panel; empty where a seed has too few members, or colours are many."""
+        if self.colour == "seed" or len(kinds) > _MOST_KEYS or "seed" not in table:
+            return ""
+        texts = []
+        for kind in kinds:
+            found = []
+            for seed in np.unique(table["seed"]):
+                chosen = np.isfinite(table[name]) & (table["seed"] == seed)
+                chosen &= True if self.colour is None else table[self.colour] == kind
+                ranks = [table[key][chosen].argsort().argsort() for key in (self.x, name)]
+                if chosen.sum() > _FEWEST:
+                    found.append(np.corrcoef(ranks)[0, 1])
+            if found:
+                label = "" if self.colour is None else f"{_value_label(self.colour, kind)} "
+                texts.append(f"{label}{np.median(found):.2f}")
+        return f"rank correlation: {', '.join(texts)}" if texts else ""
