@@ -14,10 +14,11 @@ from dlnlab.figures.step_size import _last, _value_label, _x_label
 class VariantDistanceFigure(Figure):
     """Relative l2 distance between a run's last predictor and a variant's, against the step size.
 
-    One line for each combination of the axes but lr and seed: the median over seeds, a band from 10 % to 90 %, and the
-    power of the step size that fits the median's first half decade. A member enters only once its own train_loss is below
-    `settled` times its first, for it is still about the root of that away from where it will end. A step size at which
-    more than half of the seeds have not is left out.
+    One line for each combination of the axes but lr and seed: the median over seeds, and a band from 10 % to 90 %. A
+    member enters only once its own train_loss is below `settled` times its first, for it is still about the root of that
+    away from where it will end; where more than a tenth of the seeds do not, the step size is left out. The power of the
+    step size that the legend states and grey lines show is the median over seeds of those that fit each seed's first half
+    decade.
 
     Args:
         variant: The variant, whose axes are among the run's.
@@ -53,7 +54,7 @@ class VariantDistanceFigure(Figure):
 
         Returns:
             `line` (its label), `lr`, `median`, `p10` and `p90` of the distance, infinite where it is left out, how many
-            `members` have converged, and the line's `slope` (NaN where fewer than three step sizes are left).
+            `members` have converged, and the line's `slope` (NaN where no seed has three step sizes left).
 
         Raises:
             ValueError: If there is no such variant.
@@ -75,7 +76,9 @@ class VariantDistanceFigure(Figure):
             low, middle, high = quantiles(cell, (0.1, 0.5, 0.9))
             label = ", ".join(_value_label(axis, value) for axis, value in zip(axes, values, strict=True))
             lr, count = distance.lr.values, np.isfinite(cell).sum(1)
-            slope = _slope(lr, middle)
+            slopes = np.array([_slope(lr, seed) for seed in cell.T])
+            slope = np.median(slopes[np.isfinite(slopes)]) if np.isfinite(slopes).any() else np.nan
+            middle = np.where(np.isfinite(high), middle, np.inf)
             rows += [(label, *row, slope) for row in zip(lr, middle, low, high, count, strict=True)]
         columns = ("line", "lr", "median", "p10", "p90", "members", "slope")
         return {name: np.array(column) for name, column in zip(columns, zip(*rows, strict=True), strict=True)}
@@ -96,7 +99,7 @@ class VariantDistanceFigure(Figure):
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
         figure, (panel,) = panels(1, height=2.3, header=0.14 * len(names))
-        seen = np.concatenate([table["median"], table["p10"]])
+        seen = np.concatenate([table["median"], table["p10"][np.isfinite(table["median"])]])
         seen = seen[np.isfinite(seen) & (seen > 0)]
         low, high = (seen.min(), seen.max()) if len(seen) else (0.1, 1.0)
         log_axis(panel.yaxis, low, high)
@@ -105,12 +108,12 @@ class VariantDistanceFigure(Figure):
             line = {key: column[table["line"] == name] for key, column in table.items()}
             middle = np.where(np.isfinite(line["median"]), line["median"], np.nan)
             panel.plot(line["lr"], middle, color=colour, linewidth=1.1, marker="o", markersize=2, zorder=3)
-            exists = np.isfinite(line["p10"])
+            exists = np.isfinite(line["median"])
             tops = np.minimum(line["p90"], panel.get_ylim()[1])
             panel.fill_between(line["lr"], np.where(exists, line["p10"], 0), tops, where=exists, color=colour, alpha=0.15,
                                linewidth=0)  # fmt: skip
             label = name
-            if np.isfinite(slope := line["slope"][0]):
+            if np.isfinite(slope := line["slope"][0]) and np.isfinite(line["median"]).any():
                 label += rf": $\gamma^{{{slope:.2f}}}$"
                 first = np.flatnonzero(np.isfinite(line["median"]))[0]
                 panel.plot(line["lr"], line["median"][first] * (line["lr"] / line["lr"][first]) ** slope, color=GREY,
