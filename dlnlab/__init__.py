@@ -17,7 +17,7 @@ _HOMES = {
     "run_all": "dlnlab.interactive",
     "simulate": "dlnlab.interactive",
 }
-_ROOMS = ("callbacks", "data", "figures", "models", "optim", "streams", "theory")
+_ROOMS = ("callbacks", "curvature", "data", "figures", "models", "optim", "streams", "theory")
 
 __all__ = [*_HOMES, *_ROOMS]
 

@@ -2,6 +2,7 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.gain_bounds import GainBounds
 from dlnlab.callbacks.gradient_statistics import GradientStatistics
 from dlnlab.callbacks.implicit_bias import ImplicitBias
 from dlnlab.callbacks.interruption import Interruption
@@ -12,9 +13,12 @@ from dlnlab.callbacks.perturbation import Perturbation
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.sharpness import Sharpness
+from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
 
 __all__ = [
+    "GainBounds",
     "GainTracker",
     "GradientStatistics",
     "ImplicitBias",
@@ -27,5 +31,7 @@ __all__ = [
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
+    "Sharpness",
     "SupportRecovery",
+    "Thresholds",
 ]

@@ -11,6 +11,7 @@ discipline, and recording: under the recorder the values go to the results and t
 over members goes to the trainer's loggers.
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,7 @@ class Measurement(Callback):
         )
         self._last_step = -1
         self._finished = False
+        self._only_last = self.last_only and self.schedule is None
 
     def measure(self, model: LightningModule, batch: Any) -> dict[str, Tensor]:
         """Measure the model as it is now.
@@ -69,8 +71,8 @@ class Measurement(Callback):
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Check, and take the recorder's schedule where there is none of its own."""
-        if self.schedule is None and self.last_only:
-            self.schedule = Schedule(at=[0])
+        if self._only_last:
+            self.schedule = Schedule(at=[0])  # nothing is left of it once training has begun
         if self.schedule is None:
             recorder = _recorder_of(trainer)
             if recorder is None:
@@ -92,7 +94,7 @@ class Measurement(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure step 0."""
         self._finished = False
-        if trainer.global_step == 0 and isinstance(pl_module, LinearNetwork):
+        if trainer.global_step == 0 and isinstance(pl_module, LinearNetwork) and not self._only_last:
             pl_module.begin(0)
             self._measure(trainer, pl_module, None)
 
@@ -119,8 +121,10 @@ class Measurement(Callback):
             self._measure(trainer, module, None, final=True)
 
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, final: bool = False) -> None:
-        step = trainer.global_step
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, batch: Any, final: bool = False, at: int | None = None
+    ) -> None:
+        step = trainer.global_step if at is None else at
         if not final:
             self._last_step = step
         if isinstance(module, LinearNetwork):
@@ -132,6 +136,7 @@ class Measurement(Callback):
             return
         medians = {TAGS.get(name, f"measured/{name}"): float(value.double().median())
                    for name, value in values.items() if value.ndim == 1}  # fmt: skip
+        medians = {tag: median for tag, median in medians.items() if not math.isnan(median)}
         for logger in trainer.loggers:
             logger.log_metrics(medians, step=step)
 

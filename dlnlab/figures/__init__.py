@@ -1,17 +1,23 @@
 """Recorded results -> figures."""
 
+from dlnlab.figures.axis import AxisFigure
 from dlnlab.figures.base import Figure
 from dlnlab.figures.coordinate_paths import CoordinatePathsFigure
 from dlnlab.figures.coordinates import CoordinatesFigure
 from dlnlab.figures.final_value import FinalValueFigure
 from dlnlab.figures.oscillation import OscillationFigure
+from dlnlab.figures.scatter import ScatterFigure
 from dlnlab.figures.step_size import StepSizeFigure
+from dlnlab.figures.variant_distance import VariantDistanceFigure
 
 __all__ = [
+    "AxisFigure",
     "CoordinatePathsFigure",
     "CoordinatesFigure",
     "Figure",
     "FinalValueFigure",
     "OscillationFigure",
+    "ScatterFigure",
     "StepSizeFigure",
+    "VariantDistanceFigure",
 ]

@@ -1,6 +1,6 @@
 """k-step trajectories of the networks whose updates have a closed form."""
 
-from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_kernel
+from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_kernel, num_threads
 from dlnlab.kernels.diffusion import Diffusion
 from dlnlab.kernels.factors import Factors
 from dlnlab.kernels.flow import DualFlow
@@ -16,4 +16,5 @@ __all__ = [
     "Records",
     "diagonal_kernel",
     "diagonal_steps",
+    "num_threads",
 ]

@@ -1,6 +1,5 @@
 """The diagonal linear network, x -> <u*v, x>."""
 
-import os
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -157,16 +156,20 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             self._kernel = kernels.diagonal_kernel(self.problems.x, self.problems.y)
-            sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-            sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
-            self._batches = kernels.Batches(
-                torch.tensor(sizes, device=self.device),
-                torch.tensor(sampling, device=self.device),
-                self._sampling_keys,
-                self._noise_keys,
-                self._noise_std,
-            )
         return self._kernel
+
+    @property
+    def kernel_batches(self) -> kernels.Batches:
+        """What each member sees at a step, as kernels take it."""
+        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
+        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
+        return kernels.Batches(
+            torch.tensor(sizes, device=self.device),
+            torch.tensor(sampling, device=self.device),
+            self._sampling_keys,
+            self._noise_keys,
+            self._noise_std,
+        )
 
     def start_from(self, parameters: dict[str, Tensor]) -> None:
         """See `LinearNetwork.start_from`, and `start_at`."""
@@ -260,8 +263,9 @@ class DiagonalLinearNetwork(LinearNetwork):
             k = record_steps[-1] - start
         records = kernels.Records.allocate(record_steps, factors, everything)
         taken = self.kernel.advance(
-            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
-            start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
+            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index,
+            self.kernel_batches, start, start + k, self.status, self.stopped_at, rule, records,
+            num_threads=kernels.num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
@@ -397,12 +401,6 @@ _OF_FACTORS = {
     "mirror_error": Factors.mirror_error,
     "gain_sandwich_error": Factors.gain_sandwich_error,
 }
-
-
-def _num_threads() -> int:
-    """Threads that share the members: what OMP_NUM_THREADS says, else every processor this process may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,205 @@
+"""Thresholds: up to which constant step size the iterates converge, and up to which they do not diverge."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dlnlab import checks, theory
+from dlnlab.callbacks.base import Measurement
+from dlnlab.callbacks.replay import Replay
+from dlnlab.kernels import Records
+from dlnlab.models import DiagonalLinearNetwork
+
+Trial = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(members (T,), step sizes (T,)) -> whether they converged, whether they diverged, boolean (T,)."""
+
+
+class Thresholds(Measurement):
+    r"""The largest step sizes at which the iterates converge, and do not diverge, beside those that theory names.
+
+    For each member on its own (its problem, initialisation, batches and seed; its own step size plays no part), from where
+    the fit started. `num_rates` step sizes in geometric progression, `lowest` to `highest` times the step size at which
+    the end of gradient flow loses its mean-square stability, are run for `num_steps` steps; the interval in which the
+    outcome first changes is divided likewise, until its ends are in ratio at most 1 + `tol`. Recorded is the lower end: a
+    step size at which the iterates did converge (not diverge).
+
+    Convergence need not be monotone in the step size. "Largest" means here: from below, up to the first failure among the
+    step sizes tried. `gamma_max_islands` counts those of the scan that lie above and converge nevertheless; where it is
+    not 0, that first failure is not the last. A threshold is NaN where the smallest step size tried fails, and infinite
+    where the largest does not.
+
+    Logged: `theory/gamma_max`; `theory/gamma_tilde_max`, the largest at which they do not diverge; `theory/flow_edge`,
+    2/sharpness where gradient flow ends; `theory/flattest_edge`, 2/sharpness of the flattest interpolator;
+    `theory/mean_square_edge`, up to which the member's batches are mean-square stable where the flow ends; on request
+    `theory/almost_sure_edge`, where its top Lyapunov exponent passes 0; and `theory/gamma_max_over_<edge>`. Cost: about 3
+    num_rates num_steps steps a member.
+
+    Args:
+        num_steps: Steps each step size is given, None is those of the fit; none converges whose loss takes longer.
+        settled: A step size converges if the full loss is below this part of its first value at the last four steps. Where
+            gradient descent's period doubles, the oscillation's loss grows with the excess: 1e-3 lets 1.5 % pass, 1e-4 a
+            tenth of that, and less asks for more steps.
+        tol: How well a threshold is bracketed, as a ratio minus one.
+        lowest: The scan's smallest step size, in units of the mean-square edge.
+        highest: Its largest.
+        num_rates: Step sizes tried at once.
+        almost_sure: Also compute the almost sure edge, from random products (seconds per kind of batch).
+        every_n_steps: A period in optimizer steps; without a schedule, the last step only.
+        at: A list of steps.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference:
+        even2023, section 5 (the two thresholds); the edges: derived here, see `dlnlab.theory.stability`.
+    """
+
+    last_only: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        num_steps: int | None = None,
+        settled: float = 1e-4,
+        tol: float = 0.01,
+        lowest: float = 0.5,
+        highest: float = 8.0,
+        num_rates: int = 16,
+        almost_sure: bool = False,
+        every_n_steps: int | None = None,
+        at: Any = None,
+    ) -> None:
+        super().__init__(every_n_steps, at)
+        if num_steps is not None:
+            checks.integer("Thresholds.num_steps", num_steps, at_least=1)
+        self.num_steps = num_steps
+        self.settled = checks.positive("Thresholds.settled", settled)
+        self.tol = checks.positive("Thresholds.tol", tol)
+        self.lowest = checks.positive("Thresholds.lowest", lowest)
+        self.highest = checks.positive("Thresholds.highest", highest)
+        if highest <= lowest:
+            raise ValueError(f"Thresholds.highest = {highest:g}: must be above lowest, {lowest:g}")
+        self.num_rates = checks.integer("Thresholds.num_rates", num_rates, at_least=2)
+        self.almost_sure = checks.flag("Thresholds.almost_sure", almost_sure)
+        self._found: dict[str, Tensor] | None = None
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError where there are no such thresholds."""
+        Replay.check("Thresholds", model)
+        self._found = None
+
+    def names(self, model: Any) -> tuple[str, ...]:
+        """See `Measurement.names`; without the work."""
+        edges = ("flow_edge", "flattest_edge", "mean_square_edge", *(("almost_sure_edge",) if self.almost_sure else ()))
+        ratios = (f"gamma_max_over_{edge}" for edge in edges)
+        return ("gamma_max", "gamma_tilde_max", "gamma_max_islands", *edges, *ratios)
+
+    def measure(self, model: DiagonalLinearNetwork, batch: Any) -> dict[str, Tensor]:
+        """Thresholds and edges (E,); they do not depend on the step, and are found once."""
+        del batch
+        if self._found is None:
+            replay = Replay(model)
+            members, kind = replay.distinct()
+            edges = edges_of(model, members, replay.start, self.almost_sure)
+            num_steps = model.trainer.max_steps if self.num_steps is None else self.num_steps
+            last = list(range(max(1, num_steps - 3), num_steps + 1))
+
+            def trial(which: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+                factors = replay.begin(tried := members[which])
+                wanted = self.settled * replay.losses(tried, factors)
+                records = Records.allocate(last, factors)
+                tol = 1e-6 * float(wanted.min())  # by chance a loss that oscillates may pass, but not so low
+                status = replay.advance(tried, factors, lr, 0, num_steps, tol, records=records)
+                settled = (records.train_loss.to(wanted) <= wanted).all(0)
+                return settled, (status == 2).to(wanted.device)
+
+            unit = edges["mean_square_edge"]
+            found = thresholds(trial, self.lowest * unit, self.highest * unit, self.num_rates, self.tol)
+            values = dict(zip(("gamma_max", "gamma_tilde_max", "gamma_max_islands"), found, strict=True)) | edges
+            values |= {f"gamma_max_over_{name}": values["gamma_max"] / edge for name, edge in edges.items()}
+            self._found = {name: value[kind] for name, value in values.items()}
+        return self._found
+
+
+def edges_of(
+    model: DiagonalLinearNetwork, members: Tensor, start: tuple[Tensor, Tensor], almost_sure: bool = False
+) -> dict[str, Tensor]:
+    """Step sizes that theory names, of some members.
+
+    Args:
+        model: The network.
+        members: Their numbers, (K,).
+        start: w+ and w- of all members where gradient flow begins, (E, D).
+        almost_sure: Also the almost sure edge.
+
+    Returns:
+        `flow_edge`, `flattest_edge`, `mean_square_edge` and, on request, `almost_sure_edge`, (K,).
+    """
+    x, y = model.problems.x.double(), model.problems.y.double()
+    problem = model.problem_index[members]
+    plus, minus = (w[members].double() for w in start)
+    log_init = (plus.abs().log() + minus.abs().log()) / 2
+    beta, _ = theory.min_bregman(x[problem], y[problem], None, (plus**2 - minus**2) / 2, log_effective_init=log_init)
+    init = torch.exp(log_init)
+    _, flattest = theory.flattest_interpolator(x, y)
+    edges = {
+        "flow_edge": 2 / theory.sharpness(x[problem], theory.weight_square(beta, init)),
+        "flattest_edge": 2 / flattest[problem],
+        "mean_square_edge": torch.empty_like(beta[:, 0]),
+    }
+    if almost_sure:
+        edges["almost_sure_edge"] = torch.empty_like(beta[:, 0])
+    sizes, samplings = model.per_member("batch_size"), model.per_member("sampling")
+    batches = [(sizes[i], samplings[i]) for i in members.tolist()]
+    for size, sampling in dict.fromkeys(batches):
+        alike = torch.tensor([batch == (size, sampling) for batch in batches], device=x.device)
+        b, way = (x.shape[1], "subset") if size == "full" else (size, sampling)
+        found = theory.stability(theory.Interpolator(x[problem[alike]], beta[alike], init[alike]), b, way)
+        edges["mean_square_edge"][alike] = found.mean_square_edge
+        if almost_sure:
+            edges["almost_sure_edge"][alike] = found.edge if size == "full" else found.almost_sure_edge()[0]
+    return edges
+
+
+def thresholds(trial: Trial, low: Tensor, high: Tensor, num_rates: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan step sizes for all members at once, then divide each member's own brackets.
+
+    Args:
+        trial: Runs members at step sizes.
+        low: The smallest step size, (E,).
+        high: The largest, (E,).
+        num_rates: Step sizes of the scan, and within a bracket each time it is divided.
+        tol: The ratio of a bracket's ends that ends it, minus one.
+
+    Returns:
+        The largest step sizes that converge and that do not diverge, from below, (E,): NaN where `low` fails, infinite
+        where `high` does not; and how many step sizes of the scan converge above the first that does not, (E,).
+    """
+    num_members = len(low)
+    members = torch.arange(num_members, device=low.device)[:, None].expand(-1, num_rates)
+    rates = low[:, None] * (high / low)[:, None] ** torch.linspace(0, 1, num_rates, dtype=low.dtype, device=low.device)
+    converged, diverged = (outcome.reshape(rates.shape) for outcome in trial(members.flatten(), rates.flatten()))
+    islands = (converged & ~_from_below(converged)).sum(-1).to(low.dtype)
+    good = torch.stack((_from_below(converged), _from_below(~diverged)))  # (2, E, R)
+    count = good.sum(-1)
+    below = rates.expand(2, -1, -1).gather(-1, (count - 1).clamp(min=0)[..., None])[..., 0]
+    above = rates.expand(2, -1, -1).gather(-1, count.clamp(max=num_rates - 1)[..., None])[..., 0]
+    inside = (count > 0) & (count < num_rates)
+    parts = torch.linspace(0, 1, num_rates + 2, dtype=low.dtype, device=low.device)
+    while bool((open_ := inside & (above > (1 + tol) * below)).any()):
+        which, member = open_.nonzero(as_tuple=True)
+        ends = below[open_], above[open_]
+        rates = ends[0][:, None] * (ends[1] / ends[0])[:, None] ** parts  # (B, R + 2), ends included
+        tried = rates[:, 1:-1]
+        outcomes = trial(member[:, None].expand_as(tried).flatten(), tried.flatten())
+        converged, diverged = (outcome.reshape(tried.shape) for outcome in outcomes)
+        count = _from_below(torch.where(which[:, None] == 0, converged, ~diverged)).sum(-1, keepdim=True)
+        below[open_], above[open_] = rates.gather(-1, count)[:, 0], rates.gather(-1, count + 1)[:, 0]
+    found = torch.where(inside, below, torch.where(good.all(-1), torch.inf, torch.nan))
+    return found[0], found[1], islands
+
+
+def _from_below(good: Tensor) -> Tensor:
+    """Up to the first failure along the last axis."""
+    return good.long().cumprod(-1).bool()

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from oracles import member_batches
+
+import dlnlab
+from dlnlab.callbacks import Recorder, Thresholds
+from dlnlab.callbacks.thresholds import thresholds
+from dlnlab.data import SparseRegression
+from dlnlab.data.arrays import ArrayRegression
+from dlnlab.models import DiagonalLinearNetwork
+from dlnlab.optim import GradientFlow
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def measured(data, measurement, steps=3, **options):
+    recorder = Recorder(at=[0], variables=["train_loss"])
+    Trainer(max_steps=steps, callbacks=[recorder, measurement], **QUIET).fit(DiagonalLinearNetwork(**options), data)
+    return recorder.dataset()
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+def test_thresholds_of_diagonal_inputs_are_those_of_the_scalar_problem_in_closed_form(scale):
+    x, y = np.array([1.0, 2.0, 0.5]), np.array([1.0, -0.8, 3.0])
+    found = measured(ArrayRegression(np.diag(x), y), Thresholds(settled=1e-6, tol=1e-3), init_scale=scale).isel(step=-1)
+    # Each coordinate is u v -> y/x with the step gamma x^2/n. It converges up to 1/|Phi|, where the period doubles; it is
+    # bounded while v = eta lambda - eta^2 Phi eps starts below 4.
+    phi, unit = y / x, len(x) / x**2
+    converges = (unit / np.abs(phi)).min()
+    bounded = (unit * (np.sqrt(scale**4 + 4 * phi**2) - scale**2) / phi**2).min()
+    assert (
+        converges / 1.002 < float(found.gamma_max) < converges * 1.0001
+    )  # tol, and the slowness next to the threshold
+    assert bounded / 1.001 < float(found.gamma_tilde_max) < bounded  # tol
+    assert float(found.flattest_edge) == pytest.approx(converges, rel=1e-6)  # the barrier method's last weight
+    edge = (unit / np.sqrt(phi**2 + scale**4)).min()
+    assert float(found.flow_edge) == pytest.approx(edge, rel=1e-9)
+    assert float(found.mean_square_edge) == pytest.approx(edge, rel=1e-9)
+    assert float(found.gamma_max_over_flow_edge) == float(found.gamma_max / found.flow_edge)
+
+
+def test_the_iterates_converge_at_the_threshold_and_at_the_scans_below_it_but_not_just_above():
+    ensemble = dlnlab.Ensemble(lr=[0.01, 0.02], batch_size=[2, "full"], seed=2)
+    data = SparseRegression(4, 6, 2, num_test_samples=0)
+    found = measured(data, Thresholds(num_steps=3000, tol=0.02), ensemble=ensemble).isel(step=-1)
+    assert found.gamma_max.dims == ("lr", "batch_size", "seed")
+    assert bool((found.gamma_max.isel(lr=0) == found.gamma_max.isel(lr=1)).all())  # a member's own step plays no part
+    assert bool((found.gamma_max <= found.gamma_tilde_max).all())
+
+    def converges(lr, size, seed):
+        x, y = data.problems.x[seed].numpy(), data.problems.y[seed].numpy()
+        u, v = np.full(6, 0.1 * 2**0.5), np.zeros(6)
+        losses = []
+        with np.errstate(all="ignore"):
+            for rows, targets in member_batches(x, y, 3000, batch_size=size, seed=seed):
+                losses.append(((x @ (u * v) - y) ** 2).sum())
+                g = rows.T @ (rows @ (u * v) - targets) / len(rows)
+                u, v = u - lr * g * v, v - lr * g * u
+        return bool((np.array(losses[-3:]) <= 1e-4 * losses[0]).all())
+
+    for size in ("full", 2):
+        for seed in (0, 1):
+            member = found.sel(batch_size=str(size), seed=seed).isel(lr=0)
+            scan = float(member.mean_square_edge) * np.geomspace(0.5, 8, 16)
+            edge = float(member.gamma_max)
+            assert all(converges(lr, size, seed) for lr in [*scan[scan < edge], edge])
+            assert not converges(1.02 * edge, size, seed)  # tol
+
+
+@pytest.mark.parametrize(
+    ("pass_below", "islands", "expected", "expected_islands"),
+    [(0.5, [], 0.5, 0), (0.5, [(0.9, 1.4)], 0.5, 2), (1e-9, [], np.nan, 0), (1e-9, [(0.9, 1.4)], np.nan, 2),
+     (99, [], np.inf, 0)],
+)  # fmt: skip
+def test_a_threshold_is_the_first_failure_from_below(pass_below, islands, expected, expected_islands):
+    def trial(members, lr):
+        good = lr * (1 + members) <= pass_below
+        for low, high in islands:
+            good |= (lr * (1 + members) > low) & (lr * (1 + members) < high)
+        return good, lr * (1 + members) > 3
+
+    scale = torch.tensor([1.0, 0.5])
+    found = thresholds(trial, 0.1 * scale, 10 * scale, 17, 1e-4)  # the scan has eight step sizes a decade
+    for values, truth in zip(found, (expected, 3.0, expected_islands), strict=True):
+        truth = truth * scale if truth == expected or truth == 3 else torch.full((2,), float(truth))
+        torch.testing.assert_close(values, truth, rtol=1e-4, atol=0, equal_nan=True)  # tol
+
+
+def test_thresholds_are_of_the_last_step_unless_scheduled():
+    data = SparseRegression(4, 6, 2, num_test_samples=0)
+    for at, steps in ((None, [3]), ([1], [0, 1, 3])):
+        recorder = Recorder(every_n_steps=1, variables=["train_loss"])
+        network = DiagonalLinearNetwork()
+        Trainer(max_steps=3, callbacks=[recorder, Thresholds(num_steps=10, at=at)], **QUIET).fit(network, data)
+        assert recorder.dataset().flow_edge.dropna("step").step.values.tolist() == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"label_noise": 0.1}, "label_noise"),
+        ({"optimizer": lambda pairs: GradientFlow(pairs, times=[1.0])}, "GradientFlow"),
+    ],
+)
+def test_thresholds_refuse_what_has_none(options, word):
+    with pytest.raises(ValueError, match=f"Thresholds.*{word}"):
+        measured(SparseRegression(4, 6, 2), Thresholds(), **options)
