@@ -2,22 +2,30 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
+from dlnlab.callbacks.gain_forecast import GainForecast
+from dlnlab.callbacks.gain_formula import GainFormula
 from dlnlab.callbacks.interruption import Interruption
+from dlnlab.callbacks.lasso_distance import LassoDistance
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.sgd_noise import SgdNoise
 from dlnlab.recorder import Recorder
 
 __all__ = [
+    "GainForecast",
+    "GainFormula",
     "GainTracker",
     "Interruption",
+    "LassoDistance",
     "Measurement",
     "MemberGuard",
     "MemberProgress",
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
+    "SgdNoise",
     "SupportRecovery",
 ]

@@ -233,6 +233,75 @@ def quantiles(values: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
     return np.where(np.isnan(found), np.quantile(values, levels, axis=-1, method="higher"), found)
 
 
+# Numbers of a data set -----------------------------------------------------------------------------------------------
+
+
+def last(array: xr.DataArray) -> xr.DataArray:
+    """What was recorded last: at a step at which others were recorded and this was not, a number is NaN, a text empty.
+
+    Args:
+        array: A variable over (axes, step), or without steps.
+
+    Returns:
+        Over the axes.
+
+    Raises:
+        ValueError: If it is not one number per member.
+    """
+    if "step" not in array.dims:
+        return array
+    if trailing := array.dims[array.dims.index("step") + 1 :]:
+        raise ValueError(f"figures: {array.name!r} must be one number per member, not one per {trailing}")
+    recorded = array != "" if array.dtype.kind in "OU" else array.notnull()
+    return array.isel(step=int(np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))[-1]))
+
+
+def final(data: xr.Dataset, quantity: str) -> xr.DataArray:
+    """A quantity's last record, infinite for members that diverged.
+
+    The guard takes them back to their last finite state, so that their values look harmless.
+
+    Args:
+        data: A run's results.
+        quantity: A variable with one number per member.
+
+    Returns:
+        Over the axes.
+    """
+    return last(data[quantity]).where(last(data["status"]) != "diverged", np.inf)
+
+
+def value_label(axis: str, value: Any) -> str:
+    """What a legend says of a line at one value of an axis.
+
+    Args:
+        axis: Its name.
+        value: The value.
+
+    Returns:
+        Text for matplotlib.
+
+    Example:
+        >>> value_label("batch_size", "full"), value_label("init_scale", 0.1)
+        ('GD (full batch)', 'init scale 0.1')
+    """
+    if axis == "batch_size":
+        return "GD (full batch)" if value == "full" else f"SGD, batch {value}"
+    return f"{axis.replace('_', ' ')} {value}" if isinstance(value, str) else f"{axis.replace('_', ' ')} {value:g}"
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Those of some numbers that are finite.
+
+    Args:
+        values: Numbers of any shape.
+
+    Returns:
+        The finite ones (n,).
+    """
+    return values[np.isfinite(values)]
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 

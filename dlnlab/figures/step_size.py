@@ -12,7 +12,20 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Figure, colours, log_axis, panels, power_of_ten, quantiles
+from dlnlab.figures.base import (
+    GREY,
+    SMALL_FONT_SIZE,
+    Figure,
+    colours,
+    final,
+    finite,
+    last,
+    log_axis,
+    panels,
+    power_of_ten,
+    quantiles,
+    value_label,
+)
 
 DEFAULT_QUANTITIES = ("distance", "test_loss")
 LEVELS = {"gradient_flow": "gradient flow", "min_l2": r"minimum $\ell_2$"}
@@ -134,29 +147,12 @@ class StepSizeFigure(Figure):
 # The numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _last(array: xr.DataArray) -> xr.DataArray:
-    # At a step at which others were recorded and it was not, a number is NaN and a text empty.
-    if "step" not in array.dims:
-        return array
-    if trailing := array.dims[array.dims.index("step") + 1 :]:
-        raise ValueError(
-            f"StepSizeFigure.quantities: {array.name!r} must be one number per member, not one per {trailing}"
-        )
-    recorded = array != "" if array.dtype.kind in "OU" else array.notnull()
-    return array.isel(step=int(np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))[-1]))
-
-
-def _final(data: xr.Dataset, quantity: str) -> xr.DataArray:
-    # The guard takes diverged members back to their last finite state, so their values look harmless.
-    return _last(data[quantity]).where(_last(data["status"]) != "diverged", np.inf)
-
-
 def _rows(variant: str, data: xr.Dataset, quantities: list[str], settled: float) -> list[dict[str, Any]]:
-    status = _last(data["status"])
+    status = last(data["status"])
     converging = status == "converged"
     if "train_loss" in data:
-        converging |= (status == "running") & (_last(data["train_loss"]) <= settled * data["train_loss"].isel(step=0))
-    members = xr.Dataset({name: _final(data, name) for name in quantities})
+        converging |= (status == "running") & (last(data["train_loss"]) <= settled * data["train_loss"].isel(step=0))
+    members = xr.Dataset({name: final(data, name) for name in quantities})
     members = members.assign(converging=converging, diverged=status == "diverged").sortby("lr")
     if "seed" not in members.dims:
         members = members.expand_dims("seed")
@@ -176,7 +172,7 @@ def _rows(variant: str, data: xr.Dataset, quantities: list[str], settled: float)
         columns["largest_converging_lr"] = np.full(len(lr), stops)
         columns["smallest_diverging_lr"] = np.full(len(lr), diverges[0] if len(diverges) else np.nan)
         axis_values = dict(zip(axes, values, strict=True))
-        label = ", ".join(filter(None, [variant, *(_value_label(axis, value) for axis, value in axis_values.items())]))
+        label = ", ".join(filter(None, [variant, *(value_label(axis, value) for axis, value in axis_values.items())]))
         rows += [
             {"line": label, **axis_values, **{key: column[i] for key, column in columns.items()}}
             for i in range(len(lr))
@@ -184,17 +180,11 @@ def _rows(variant: str, data: xr.Dataset, quantities: list[str], settled: float)
     return rows
 
 
-def _value_label(axis: str, value: Any) -> str:
-    if axis == "batch_size":
-        return "GD (full batch)" if value == "full" else f"SGD, batch {value}"
-    return f"{axis.replace('_', ' ')} {value}" if isinstance(value, str) else f"{axis.replace('_', ' ')} {value:g}"
-
-
 def _levels(quantity: str, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> dict[str, float]:
     found = {level: dataset[f"{quantity}_{level}"] for level in LEVELS if f"{quantity}_{level}" in dataset}
     ends = {name: data for name, data in variants.items() if "lr" not in data.dims and quantity in data}
-    found |= {name: _final(data, quantity) for name, data in ends.items()}
-    medians = {level: float(quantiles(_last(array).values.ravel(), (0.5,))[0]) for level, array in found.items()}
+    found |= {name: final(data, quantity) for name, data in ends.items()}
+    medians = {level: float(quantiles(last(array).values.ravel(), (0.5,))[0]) for level, array in found.items()}
     return {level: median for level, median in medians.items() if np.isfinite(median)}
 
 
@@ -203,8 +193,8 @@ def _levels(quantity: str, dataset: xr.Dataset, variants: dict[str, xr.Dataset])
 
 def _draw_panel(panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any], levels: dict[str, float]) -> None:
     drawn = [line[key] for line in lines.values() for key in (quantity, f"{quantity}_p10")]
-    drawn = _finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
-    tops = _finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
+    drawn = finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
+    tops = finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
     positive = np.concatenate([drawn, tops])[np.concatenate([drawn, tops]) > 0]
     smallest = positive.min() if len(positive) else 1.0
     label = quantity.replace("_", " ")
@@ -236,10 +226,6 @@ def _draw_panel(panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any]
                        xytext=(0, 1.5 if above else -2), textcoords="offset points", ha="right",
                        va="bottom" if above else "top", fontsize=SMALL_FONT_SIZE, color=GREY, zorder=2,
                        path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
 
 
 def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str]) -> list[Any]:
