@@ -2,7 +2,7 @@
 
     python benchmarks/trajectories.py             # writes benchmarks/results/trajectories.md; ten minutes on one core
     python benchmarks/trajectories.py --growth    # writes benchmarks/results/growth.md and growth.png; two minutes
-    python benchmarks/trajectories.py --profile   # writes benchmarks/results/profile.md; a minute
+    python benchmarks/trajectories.py --profile   # writes benchmarks/results/profile.md; two minutes
     python benchmarks/trajectories.py --quick     # a minute's worth less of either: does it run?
 
 Contenders of a case take turns, and the medians of their rounds are compared: on a shared machine trust the ratios only.
@@ -404,10 +404,9 @@ def profile(quick: bool, folder: Path) -> None:
     peak = gemm_peak()
     lines = header("The diagonal network: where the kernel's time goes", " --profile")
     lines += [
-        "Nanoseconds per member-step, medians of interleaved rounds of process CPU time: the kernel with a check and a record of "
-        "every member every 100 steps, without the records, and without both, which leaves the steps; and of these the "
-        f"operations per second (a matrix product of size 1024 reaches {peak:.0f} GFLOP/s here) and the bytes of x that they "
-        "use per second.",
+        "Nanoseconds per member-step, medians of interleaved rounds of process CPU time: the kernel with a check and a "
+        "record of every member every 100 steps; without the records; and without both, which leaves steps. Of these, the "
+        f"operations per second (a matrix product of size 1024 has {peak:.0f} GFLOP/s) and the bytes of x per second.",
         "",
         "| (N, D) | E | b | NumPy, lean | kernel | without records | steps alone | GFLOP/s | x, GB/s |",
         "| ---: " * 9 + "|",

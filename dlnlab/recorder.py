@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.event_files import EventFile
 from dlnlab.models import LinearNetwork
+from dlnlab.models.base import INVARIANTS
 from dlnlab.optim import GradientFlow
 from dlnlab.schedule import Schedule
 
 DEFAULT_VARIABLES = ("train_loss", "test_loss", "distance", "gain")
 
+_PREDICTIONS = ("unperturbed", "mean_gain", "weighted_l1", "gradient_flow", "min_l1", "min_l2")
 TAGS = {
     "train_loss": "loss/train",
     "test_loss": "loss/test",
@@ -35,6 +38,14 @@ TAGS = {
     "sharpness": "curvature/sharpness",
     "effective_sharpness": "curvature/effective_sharpness",
     "effective_rank": "rank/effective",
+    "imbalance_error": "theory/imbalance_error",
+    "mirror_error": "theory/mirror_error",
+    "gain_sandwich_error": "theory/gain_sandwich_error",
+    "bregman_error": "theory/bregman_error",
+    "bregman_residual": "theory/bregman_residual",
+    **{f"error_{name}": f"theory/error_{name}" for name in _PREDICTIONS},
+    "loss_integral_error": "theory/loss_integral_error",
+    "gain_formula_error": "theory/gain_formula_error",
 }
 """TensorBoard tags of variables; any other variable with one number per member is `measured/<name>`."""
 _UNDERFLOW = ("train_loss", "test_loss", "distance")  # event files hold float32, so these are logged as log10 too
@@ -63,6 +74,8 @@ class Recorder(Callback):
         variables: What to record; None is those of train_loss, test_loss, distance and gain that are defined.
         pairs: Record step k + 1 with every step k (period 2 at the edge of stability).
         max_runs: At most so many cells of the grid become TensorBoard runs, evenly chosen.
+        invariants: Record with every record how far the theory's exact identities (imbalance, mirror form, the gain's
+            sandwich) are from holding, and warn once of a member where rounding does not explain it.
 
     Raises:
         ValueError: If a variable is not defined for the model, or the schedule is none.
@@ -75,10 +88,12 @@ class Recorder(Callback):
         variables: list[str] | None = None,
         pairs: bool = False,
         max_runs: int = 64,
+        invariants: bool = True,
     ) -> None:
         self.schedule = None if every_n_steps is None and at is None else Schedule(every_n_steps, at, pairs, "record")
         self.pairs = checks.flag("record.pairs", pairs)
         self.variables = variables
+        self.invariants = checks.flag("record.invariants", invariants)
         self.max_runs = checks.integer("record.max_runs", max_runs, at_least=1)
         self.directory: Path | None = None
         """The run directory; None keeps everything in memory (`dataset`)."""
@@ -101,6 +116,8 @@ class Recorder(Callback):
         self._members = np.zeros((0, 0), dtype=int)  # (cells, seeds)
         self._schedules: dict[str, Schedule] = {}  # of variables that do not follow the recorder's
         self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
+        self._invariants: tuple[str, ...] = ()
+        self._violated: set[str] = set()
         self.names: tuple[str, ...] = ()
         """The model's variables that are recorded, once the fit is prepared."""
         self.config: dict[str, Any] | None = None
@@ -121,6 +138,8 @@ class Recorder(Callback):
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
             self.names = self._check_variables(module)
+            defined = module.variables()
+            self._invariants = tuple(name for name in INVARIANTS if self.invariants and callable(defined[name]))
             self._check_memory(module)
             module.record_schedule, module.record_variables = self.schedule, self._variable_names()
         elif self.variables is not None:
@@ -169,7 +188,7 @@ class Recorder(Callback):
             self.record(0, pl_module.measure(self._variable_names()))
 
     def _variable_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.names, "time")))
+        return tuple(dict.fromkeys((*self.names, *self._invariants, "time")))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Collect what the chunk has recorded."""
@@ -266,6 +285,7 @@ class Recorder(Callback):
         if not self._pending:
             return
         series = {name: (steps, _to_numpy(torch.cat(blocks))) for name, (steps, blocks) in self._pending.items()}
+        self._check_invariants(series)
         constants = {}
         if isinstance(self._module, LinearNetwork):
             constants = {
@@ -285,6 +305,21 @@ class Recorder(Callback):
             self._chain = results.chain(self._chain, written)
         self._num_segments += 1
         self._pending, self._bytes = {}, 0
+
+    def _check_invariants(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
+        """Warn, once for each, of what exact arithmetic would make zero and more than rounding has not."""
+        for name in set(self._invariants) & series.keys() - self._violated:
+            steps, values = series[name]
+            allowed = np.array([self._module.invariant_tolerance(step) for step in steps])[:, None]
+            beyond = np.argwhere(values > allowed)
+            if len(beyond):
+                self._violated.add(name)
+                i, member = beyond[0]
+                warnings.warn(
+                    f"{name} of member {self.ensemble.labels[member]} is {values[i, member]:.2g} at step {steps[i]}, where "
+                    f"rounding explains {allowed[i, 0]:.1g}: an exact identity of the theory does not hold in this run",
+                    stacklevel=2,
+                )
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -369,7 +404,7 @@ class Recorder(Callback):
                 found[name] = [steps[i] for i in chosen], values[chosen]
                 self._unshown.pop(name, None)
                 if steps[-1] not in shown:
-                    self._unshown[name] = steps[-1], values[-1]
+                    self._unshown[name] = steps[-1], values[-1].copy()
         return found
 
     def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:

@@ -105,10 +105,13 @@ def test_a_measurement_states_one_value_per_member_and_changes_nothing(measureme
     bare = fit(models.DiagonalLinearNetwork(ensemble=dlnlab.Ensemble(**ensemble)), 20)
     assert torch.equal(measured.predictor(), bare.predictor())
     results = recorder.dataset()
+    found = []
     for name in measurement(at=[0]).names(measured):
         assert results[name].dims[:3] == ("lr", "seed", "step")
-        steps = results[name].dropna("step", how="all").step.values.tolist()
-        assert steps in ([0, 3, 7, 20], [3, 7, 20])  # a ratio of gains is not defined at step 0
+        found.append(results[name].dropna("step", how="all").step.values.tolist())
+        # A ratio of gains is not defined at step 0, nor a theorem about an end before it has come.
+        assert found[-1] in ([0, 3, 7, 20], [3, 7, 20], [])
+    assert [0, 3, 7, 20] in found or [3, 7, 20] in found
 
 
 @pytest.mark.parametrize("optimizer", roster(optim), ids=lambda c: c.__name__)

@@ -4,6 +4,7 @@ from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
 from dlnlab.callbacks.gain_forecast import GainForecast
 from dlnlab.callbacks.gain_formula import GainFormula
+from dlnlab.callbacks.implicit_bias import ImplicitBias
 from dlnlab.callbacks.interruption import Interruption
 from dlnlab.callbacks.lasso_distance import LassoDistance
 from dlnlab.callbacks.member_guard import MemberGuard
@@ -18,6 +19,7 @@ __all__ = [
     "GainForecast",
     "GainFormula",
     "GainTracker",
+    "ImplicitBias",
     "Interruption",
     "LassoDistance",
     "Measurement",

@@ -11,7 +11,7 @@ discipline, and recording: under the recorder the values go to the results and t
 over members goes to the trainer's loggers.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -36,6 +36,9 @@ class Measurement(Callback):
 
     dims: dict[str, list[str]] = {}
     """Names of trailing dimensions, where they are not `coordinate` or `row` and `column`."""
+
+    last_only: ClassVar[bool] = False
+    """True for what costs more than a record: without a schedule of its own it is measured at the last step only."""
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
         self.schedule = (
@@ -66,6 +69,8 @@ class Measurement(Callback):
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Check, and take the recorder's schedule where there is none of its own."""
+        if self.schedule is None and self.last_only:
+            self.schedule = Schedule(at=[0])
         if self.schedule is None:
             recorder = _recorder_of(trainer)
             if recorder is None:

@@ -26,7 +26,7 @@ class Diffusion:
 
     w_plus: Tensor
     w_minus: Tensor
-    drift: Tensor  # sum of g h + dxi; unused by Euler-Maruyama
+    drift: Tensor  # sum of g h + dxi
     gain: Tensor
     loss_integral: Tensor  # sum of L h, (...)
     initial_plus: Tensor
@@ -42,11 +42,6 @@ class Diffusion:
     def map(self, change: Callable[[Tensor], Tensor]) -> "Diffusion":
         """Apply one function to every tensor (indexing, usually)."""
         return Diffusion(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
-
-    def effective_init(self) -> Tensor:
-        """alpha_t = alpha exp(-Gain/2)."""
-        log_alpha = torch.log(self.initial_plus.abs()) + torch.log(self.initial_minus.abs())
-        return torch.exp(0.5 * (log_alpha - self.gain))
 
     def step(
         self, x: Tensor, residual: Tensor, normals: Tensor, lr: Tensor, h: Tensor, noise: str, scheme: str
@@ -76,8 +71,8 @@ class Diffusion:
             pushed = variance.sqrt() * normals
         move = (h * residual / count + pushed) @ x  # g h + dxi
         self.loss_integral += (loss * h[..., 0]).double()
+        self.drift += move.double()
         if scheme == "exponential":
-            self.drift += move.double()
             self.gain += quadratic.double()
             for w, initial, way in ((self.w_plus, self.initial_plus, -1), (self.w_minus, self.initial_minus, 1)):
                 w.copy_(initial * torch.exp(way * self.drift - self.gain / 2))

@@ -152,5 +152,42 @@ class Factors:
 
     def effective_init(self) -> Tensor:
         """alpha_k, with alpha_k^2 = |w+(0) w-(0)| prod (1 - c)^2 exp(-Gain); 0 once below floating point."""
-        log_alpha = torch.log(self.initial_plus.abs()) + torch.log(self.initial_minus.abs())
-        return torch.exp(0.5 * (log_alpha - self.gain()) + self.log_decay)
+        return torch.exp(self.log_effective_init())
+
+    def log_effective_init(self) -> Tensor:
+        """Ln alpha_k, which does not underflow."""
+        return 0.5 * (self._logs(1) - self.gain()) + self.log_decay
+
+    def mirror_shift(self) -> Tensor:
+        """asinh(beta~_0/alpha_k^2): where the mirror's origin has moved to, the start's own ln|w+(0)/w-(0)| included."""
+        return self._logs(-1) + (self.gain_minus() - self.gain_plus()) / 2
+
+    # What exact arithmetic would make zero --------------------------------------------------------------------------
+
+    def imbalance_error(self) -> Tensor:
+        """Largest |ln|w+ w-| - ln alpha_k^2| over the coordinates that are not held at the edge of numbers, (...)."""
+        return self._error(self._logs(1) - self.gain() + 2 * self.log_decay, 1)
+
+    def mirror_error(self) -> Tensor:
+        """Largest error of ln|w+/w-| = 2 theta_k (plus what it was at the start), likewise."""
+        return self._error(self._logs(-1) + self.log_plus() - self.log_minus(), -1)
+
+    def gain_sandwich_error(self) -> Tensor:
+        """By how much sum |x|^2 <= |Gain|_1 <= 2 sum |x|^2 fails, (...); NaN once a step had |x| > 0.8926."""
+        size = self.gain().sum(-1)
+        excess = torch.maximum(self.square_sum - size, size - 2 * self.square_sum).clamp(min=0)
+        return torch.where(self.largest_step <= _SANDWICHED, excess, torch.nan)
+
+    def _logs(self, way: int) -> Tensor:
+        return torch.log(self.initial_plus.abs()) + way * torch.log(self.initial_minus.abs())
+
+    def _error(self, exact: Tensor, way: int) -> Tensor:
+        w_plus, w_minus = self.w_plus.double().abs(), self.w_minus.double().abs()
+        error = (torch.log(w_plus) + way * torch.log(w_minus) - exact).abs()
+        near = floors(self.w_plus.dtype)[1]
+        usable = (w_plus > near) & (w_minus > near) & torch.isfinite(error)
+        return torch.where(usable, error, 0.0).amax(-1)
+
+
+_SANDWICHED = 0.8926
+"""q(x) <= 2 x^2 up to here: the root of -ln(1 - z) = 2 z is z = 0.79681 (even2023's bounds in this form: derived here)."""

@@ -680,6 +680,10 @@ class LinearNetwork(LightningModule):
             found["distance"] = self._distance
         for name in ("gain", "gain_plus", "gain_minus", "effective_init", "imbalance"):
             found[name] = self._of_optimizer(name)
+        for name in INVARIANTS:
+            found[name] = self._of_optimizer(name)
+            if callable(found[name]) and self._optimizer.pairs[0]["form"] != "squares":
+                found[name] = "the factors are u and v, in which the imbalance cancels; keep w+ and w- (form `squares`)"
         if hasattr(type(self._optimizer), "loss_integral") or hasattr(self._optimizer, "loss_integral"):
             found["loss_integral"] = lambda: self._optimizer.loss_integral.expand(self.num_members)
         return found
@@ -692,6 +696,12 @@ class LinearNetwork(LightningModule):
         if len(pairs) != 1:
             return f"{type(self).__name__} has {len(pairs) or 'no'} pairs of factors"
         return lambda: getattr(self._optimizer, name)
+
+    def invariant_tolerance(self, step: int) -> float:
+        """What rounding may make of `INVARIANTS` by a step."""
+        # A step rounds each factor and each product, by 1/|1 - x| where x is near 1, which some step of a run is to 1e-5;
+        # and it adds to a sum of logarithms that may reach hundreds.
+        return torch.finfo(self.number_type).eps * (1e6 + 10 * step) + 1e-13 * step
 
     def _distance(self) -> Tensor:
         error = self.predictor() - self.problems.teacher[self.problem_index]
@@ -771,6 +781,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     finally:
         torch.set_default_dtype(before)
 
+
+INVARIANTS = ("imbalance_error", "mirror_error", "gain_sandwich_error")
+"""Variables that exact arithmetic would make zero at every step and step size."""
 
 _FLOWS = (GradientFlow, StochasticGradientFlow)
 

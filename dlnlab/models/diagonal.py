@@ -364,6 +364,9 @@ _OF_FACTORS = {
     "gain_minus": Factors.gain_minus,
     "effective_init": Factors.effective_init,
     "imbalance": Factors.imbalance,
+    "imbalance_error": Factors.imbalance_error,
+    "mirror_error": Factors.mirror_error,
+    "gain_sandwich_error": Factors.gain_sandwich_error,
 }
 
 

@@ -77,6 +77,20 @@ class PairOptimizer(Optimizer):
         return values[0] if len(values) == 1 else values
 
     @property
+    def log_effective_init(self) -> Any:
+        """Ln alpha_k, float64 of the factors' shape, which does not underflow; a list where there are several pairs."""
+        return self.of_pairs(lambda group: self.mirror(group)[0], "log_effective_init")
+
+    @property
+    def mirror_shift(self) -> Any:
+        """asinh(beta~_0/alpha_k^2), ln|w+(0)/w-(0)| included: the dual X^T nu is (ln|w+/w-| less this)/2; likewise."""
+        return self.of_pairs(lambda group: self.mirror(group)[1], "mirror_shift")
+
+    def mirror(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A pair's `log_effective_init` and `mirror_shift`."""
+        raise NotImplementedError
+
+    @property
     def imbalance(self) -> Any:
         """u^2 - v^2 = 2 w+ w- of the present factors, float64 of their shape; a list where there are several pairs."""
 
@@ -102,6 +116,12 @@ class PairOptimizer(Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def log_start(plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+    """Ln alpha = ln|w+ w-|/2 and ln|w+/w-| of initial factors."""
+    plus, minus = plus.abs().log(), minus.abs().log()
+    return (plus + minus) / 2, plus - minus
 
 
 def rotate(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

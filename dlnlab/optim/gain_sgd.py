@@ -79,6 +79,11 @@ class GainSGD(PairOptimizer):
         """One pair's state; in the form `squares` it shares memory with the parameters."""
         return Factors(*self.rotated(group), **self.state[group["params"][0]])
 
+    def mirror(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A pair's `log_effective_init` and `mirror_shift`."""
+        factors = self.factors(group)
+        return factors.log_effective_init(), factors.mirror_shift()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of gradient descent.
@@ -157,6 +162,21 @@ class GainSGD(PairOptimizer):
     def effective_init(self) -> Any:
         """alpha_k = alpha exp(-Gain/2), times the product of 1 - 2 lr weight_decay, likewise."""
         return self._of_factors(Factors.effective_init, "effective_init")
+
+    @property
+    def imbalance_error(self) -> Any:
+        """Largest |ln|w+ w-| - ln alpha_k^2| over coordinates, (E,): rounding; a list where there are several pairs."""
+        return self._of_factors(Factors.imbalance_error, "imbalance_error")
+
+    @property
+    def mirror_error(self) -> Any:
+        """Largest error of the mirror form ln|w+/w-| = 2 theta_k, likewise."""
+        return self._of_factors(Factors.mirror_error, "mirror_error")
+
+    @property
+    def gain_sandwich_error(self) -> Any:
+        """By how much sum |x|^2 <= |Gain|_1 <= 2 sum |x|^2 fails, likewise; NaN once a step had |x| > 0.8926."""
+        return self._of_factors(Factors.gain_sandwich_error, "gain_sandwich_error")
 
     @property
     def time(self) -> Any:

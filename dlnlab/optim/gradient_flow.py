@@ -10,7 +10,7 @@ from scipy.integrate import DOP853
 from torch import Tensor
 
 from dlnlab import checks
-from dlnlab.optim.base import PairOptimizer, check_numbers, per_member
+from dlnlab.optim.base import PairOptimizer, check_numbers, log_start, per_member
 from dlnlab.schedule import expand
 
 _RULE = {name: torch.tensor(getattr(DOP853, name)) for name in ("A", "B", "E3", "E5")}
@@ -108,12 +108,12 @@ class GradientFlow(PairOptimizer):
     @property
     def effective_init(self) -> Any:
         """alpha, which the flow conserves: sqrt|w+ w-| at time 0; a list where there are several pairs."""
+        return self.of_pairs(lambda group: torch.exp(self.mirror(group)[0]), "effective_init")
 
-        def of(group: dict[str, Any]) -> Tensor:
-            initial = self.state[group["params"][0]]
-            return torch.exp(0.5 * (initial["initial_plus"].abs().log() + initial["initial_minus"].abs().log()))
-
-        return self.of_pairs(of, "effective_init")
+    def mirror(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A pair's `log_effective_init` and `mirror_shift`: those of the start."""
+        initial = self.state[group["params"][0]]
+        return log_start(initial["initial_plus"], initial["initial_minus"])
 
     def step(self, closure: Callable[[], Tensor]) -> None:
         """Go to the next time.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dlnlab import checks, streams
 from dlnlab.kernels.diffusion import NOISES, SCHEMES, Diffusion
-from dlnlab.optim.base import PairOptimizer, check_numbers, per_member, rotate
+from dlnlab.optim.base import PairOptimizer, check_numbers, log_start, per_member, rotate
 
 _DRAWN_STEPS = 64
 
@@ -132,7 +132,15 @@ class StochasticGradientFlow(PairOptimizer):
     @property
     def effective_init(self) -> Any:
         """alpha_t = alpha exp(-Gain/2), likewise."""
-        return self.of_pairs(lambda group: self.diffusion(group).effective_init(), "effective_init")
+        return self.of_pairs(lambda group: torch.exp(self.mirror(group)[0]), "effective_init")
+
+    def mirror(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A pair's `log_effective_init` and `mirror_shift`; the exponential scheme moves the mirror's origin nowhere."""
+        state = self.diffusion(group)
+        log_alpha, start = log_start(state.initial_plus, state.initial_minus)
+        if self.scheme == "euler":
+            start = log_start(state.w_plus.double(), state.w_minus.double())[1] + 2 * state.drift
+        return log_alpha - state.gain / 2, start
 
     @property
     def loss_integral(self) -> Any:
