@@ -7,6 +7,9 @@ from dlnlab.callbacks.gradient_statistics import GradientStatistics
 from dlnlab.callbacks.implicit_bias import ImplicitBias
 from dlnlab.callbacks.interruption import Interruption
 from dlnlab.callbacks.leading_gain import LeadingGain
+from dlnlab.callbacks.gain_forecast import GainForecast
+from dlnlab.callbacks.gain_formula import GainFormula
+from dlnlab.callbacks.lasso_distance import LassoDistance
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.perturbation import Perturbation
@@ -19,10 +22,13 @@ from dlnlab.recorder import Recorder
 
 __all__ = [
     "GainBounds",
+    "GainForecast",
+    "GainFormula",
     "GainTracker",
     "GradientStatistics",
     "ImplicitBias",
     "Interruption",
+    "LassoDistance",
     "LeadingGain",
     "Measurement",
     "MemberGuard",
@@ -31,7 +37,9 @@ __all__ = [
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
+    "SgdNoise",
     "Sharpness",
     "SupportRecovery",
     "Thresholds",
+from dlnlab.callbacks.sgd_noise import SgdNoise
 ]

@@ -2,8 +2,10 @@
 
 from dlnlab.figures.axis import AxisFigure
 from dlnlab.figures.base import Figure
+from dlnlab.figures.coordinate import CoordinateFigure
 from dlnlab.figures.coordinate_paths import CoordinatePathsFigure
 from dlnlab.figures.coordinates import CoordinatesFigure
+from dlnlab.figures.curve import CurveFigure
 from dlnlab.figures.final_value import FinalValueFigure
 from dlnlab.figures.oscillation import OscillationFigure
 from dlnlab.figures.scatter import ScatterFigure
@@ -12,8 +14,10 @@ from dlnlab.figures.variant_distance import VariantDistanceFigure
 
 __all__ = [
     "AxisFigure",
+    "CoordinateFigure",
     "CoordinatePathsFigure",
     "CoordinatesFigure",
+    "CurveFigure",
     "Figure",
     "FinalValueFigure",
     "OscillationFigure",

@@ -308,14 +308,16 @@ def cells(dataset: xr.Dataset, variants: dict[str, xr.Dataset], apart: Collectio
     return found
 
 
-def value_label(axis: str, value: Any, data: xr.Dataset) -> str:
+def value_label(axis: str, value: Any, data: xr.Dataset | None = None) -> str:
     """An axis's value in words, `SGD, batch 1` or `init scale 0.1`; the unit of lr is the data's."""
     if axis == "variant":
         return str(value).replace("_", " ")
     if axis == "batch_size":
         return "GD (full batch)" if value == "full" else f"SGD, batch {value}"
     if axis == "lr":
-        unit = {"one": "", "max_row": r"$/\max_i |x_i|^2$"}.get(data.attrs.get("lr_unit", "one"), " edge")
+        unit = {"one": "", "max_row": r"$/\max_i |x_i|^2$"}.get(
+            "one" if data is None else data.attrs.get("lr_unit", "one"), " edge"
+        )
         return rf"$\gamma$ = {value:.3g}{unit}"
     words = axis.replace("_", " ")
     return value.replace("_", " ") if isinstance(value, str) else f"{words} {value:g}"
@@ -329,7 +331,8 @@ def last(array: xr.DataArray) -> xr.DataArray:
     if "step" not in array.dims:
         return array
     recorded = array != "" if array.dtype.kind in "OU" else array.notnull()
-    return array.isel(step=int(np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))[-1]))
+    steps = np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))
+    return array.isel(step=int(steps[-1]) if len(steps) else -1)  # -1: it was defined for no member at any step
 
 
 def final(data: xr.Dataset, quantity: str) -> xr.DataArray:
@@ -352,6 +355,18 @@ EDGES = {
 }
 """Step sizes that others are measured by, in words."""
 _UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$"} | {name: f"/ {words}" for name, words in EDGES.items()}
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Those of some numbers that are finite.
+
+    Args:
+        values: Numbers of any shape.
+
+    Returns:
+        The finite ones (n,).
+    """
+    return values[np.isfinite(values)]
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

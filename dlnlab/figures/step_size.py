@@ -20,6 +20,7 @@ from dlnlab.figures.base import (
     cells,
     colours,
     final,
+    finite,
     last,
     log_axis,
     lr_label,
@@ -239,8 +240,8 @@ def _draw_panel(
     panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any], levels: dict[str, float], x: str
 ) -> None:
     drawn = [line[key] for line in lines.values() for key in (quantity, f"{quantity}_p10")]
-    drawn = _finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
-    tops = _finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
+    drawn = finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
+    tops = finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
     positive = np.concatenate([drawn, tops])[np.concatenate([drawn, tops]) > 0]
     smallest = positive.min() if len(positive) else 1.0
     label = quantity.replace("_", " ")
@@ -272,10 +273,6 @@ def _draw_panel(
                        xytext=(0, 1.5 if above else -2), textcoords="offset points", ha="right",
                        va="bottom" if above else "top", fontsize=SMALL_FONT_SIZE, color=GREY, zorder=2,
                        path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
 
 
 def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str], members: str) -> list[Any]:

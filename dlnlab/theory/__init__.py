@@ -28,6 +28,7 @@ from dlnlab.theory.gain import (
 )
 from dlnlab.theory.hypentropy import hypentropy, hypentropy_bregman, hypentropy_conjugate, hypentropy_gradient
 from dlnlab.theory.interpolation import min_bregman, min_hypentropy, min_l1, min_l1_is_unique, min_l2
+from dlnlab.theory.lasso import lasso
 from dlnlab.theory.stability import (
     Interpolator,
     Stability,
@@ -66,6 +67,7 @@ __all__ = [
     "hypentropy_conjugate",
     "hypentropy_gradient",
     "initial_gradient_second_moment",
+    "lasso",
     "leading_gain",
     "log_effective_init",
     "loss_integral",
