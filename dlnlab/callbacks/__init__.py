@@ -3,19 +3,20 @@
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.gain import GainTracker
 from dlnlab.callbacks.gain_bounds import GainBounds
+from dlnlab.callbacks.gain_forecast import GainForecast
+from dlnlab.callbacks.gain_formula import GainFormula
 from dlnlab.callbacks.gradient_statistics import GradientStatistics
 from dlnlab.callbacks.implicit_bias import ImplicitBias
 from dlnlab.callbacks.interruption import Interruption
-from dlnlab.callbacks.leading_gain import LeadingGain
-from dlnlab.callbacks.gain_forecast import GainForecast
-from dlnlab.callbacks.gain_formula import GainFormula
 from dlnlab.callbacks.lasso_distance import LassoDistance
+from dlnlab.callbacks.leading_gain import LeadingGain
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.perturbation import Perturbation
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.sgd_noise import SgdNoise
 from dlnlab.callbacks.sharpness import Sharpness
 from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
@@ -41,5 +42,4 @@ __all__ = [
     "Sharpness",
     "SupportRecovery",
     "Thresholds",
-from dlnlab.callbacks.sgd_noise import SgdNoise
 ]

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels, quantiles
-from dlnlab.figures.step_size import _last, _value_label
+from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, last, log_axis, panels, quantiles, value_label
 
 
 class AxisFigure(Figure):
@@ -59,15 +58,15 @@ class AxisFigure(Figure):
             `panel` (its label), `quantity`, the axis, `median`, `p10`, `p90` and how many `members` are finite.
         """
         self.check({str(name) for name in dataset.data_vars}, {str(axis): [] for axis in dataset.dims})
-        unit = _last(dataset[self.unit]) if self.unit else 1
-        members = xr.Dataset({name: _last(dataset[name]) / unit for name in self.quantities})
+        unit = last(dataset[self.unit]) if self.unit else 1
+        members = xr.Dataset({name: last(dataset[name]) / unit for name in self.quantities})
         if "seed" not in members.dims:
             members = members.expand_dims("seed")
         others = [axis for axis in members.dims if axis not in (self.axis, "seed")]
         rows = []
         for values in product(*(members[axis].values for axis in others)):
             cell = members.sel(dict(zip(others, values, strict=True)))
-            label = ", ".join(_value_label(axis, value) for axis, value in zip(others, values, strict=True))
+            label = ", ".join(value_label(axis, value) for axis, value in zip(others, values, strict=True))
             for name, value in product(self.quantities, cell[self.axis].values):
                 numbers = cell[name].sel({self.axis: value}).values
                 low, middle, high = quantiles(numbers, (0.1, 0.5, 0.9))

@@ -340,7 +340,14 @@ def final(data: xr.Dataset, quantity: str) -> xr.DataArray:
 
     The guard takes them back to their last finite state, so what was kept of them looks harmless.
     """
+    members_only(data, quantity)
     return last(data[quantity]).where(last(data["status"]) != "diverged", np.inf)
+
+
+def members_only(data: xr.Dataset, quantity: str) -> None:
+    """Raise ValueError if a variable has more than one number per member."""
+    if trailing := [str(dim) for dim in data[quantity].dims if dim not in data["status"].dims]:
+        raise ValueError(f"figures: {quantity!r} must be one number per member, not one per {', '.join(trailing)}")
 
 
 def lr_label(dataset: xr.Dataset) -> str:

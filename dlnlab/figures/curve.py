@@ -20,6 +20,7 @@ from dlnlab.figures.base import (
     final,
     finite,
     log_axis,
+    members_only,
     panels,
     quantiles,
     value_label,
@@ -299,9 +300,8 @@ def _followed(data: xr.Dataset, quantities: list[str], x: str) -> xr.Dataset:
         if quantity in SHARES:
             found[quantity] = (data["status"] == quantity).astype(float)
             continue
+        members_only(data, quantity)
         array = data[quantity]
-        if trailing := [dim for dim in array.dims if dim not in data["status"].dims]:
-            raise ValueError(f"figures: {quantity!r} must be one number per member, not one per {tuple(trailing)}")
         found[quantity] = array.where(~lost | array.isnull(), np.inf)
     return xr.Dataset(found if x == "step" or x in found else {**found, x: data[x].interpolate_na("step")})
 

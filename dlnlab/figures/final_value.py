@@ -129,7 +129,7 @@ class FinalValueFigure(Figure):
         for row, quantity in enumerate(self.quantities):
             beside = axes[row * len(titles) : (row + 1) * len(titles)]
             levels = {
-                name: float(quantiles(_of_members(data, quantity).values.ravel(), (0.5,))[0])
+                name: float(quantiles(final(data, quantity).values.ravel(), (0.5,))[0])
                 for name, data in variants.items()
                 if self.x not in data.dims and quantity in data
             }
@@ -174,7 +174,7 @@ class FinalValueFigure(Figure):
             columns["x"] = x / float(data[_number(self.per)])
         diverged = (last(data["status"]) == "diverged").transpose(self.x, "seed").values
         for quantity in self.quantities:
-            values = _of_members(data, quantity).transpose(self.x, "seed").values
+            values = final(data, quantity).transpose(self.x, "seed").values
             columns[f"{quantity}_p10"], columns[quantity], columns[f"{quantity}_p90"] = quantiles(
                 values, (0.1, 0.5, 0.9)
             )
@@ -214,14 +214,6 @@ class FinalValueFigure(Figure):
 
 def _number(axis: str) -> str:
     return "batch_size_number" if axis == "batch_size" else axis
-
-
-def _of_members(data: xr.Dataset, quantity: str) -> xr.DataArray:
-    if trailing := [dim for dim in data[quantity].dims if dim not in data["status"].dims]:
-        raise ValueError(
-            f"FinalValueFigure.quantities: {quantity!r} must be one number per member, not one per {tuple(trailing)}"
-        )
-    return final(data, quantity)
 
 
 def _range(quantity: str, found: list[dict[str, np.ndarray]], levels: dict[str, float]) -> tuple[float, float]:

@@ -8,8 +8,7 @@ from matplotlib.lines import Line2D
 
 from dlnlab import checks
 from dlnlab.figures.axis import _words
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels
-from dlnlab.figures.step_size import _last, _value_label
+from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, last, log_axis, panels, value_label
 
 _MOST_KEYS, _FEWEST = 6, 4
 
@@ -67,11 +66,11 @@ class ScatterFigure(Figure):
             The axes of the ensemble, x and every y; NaN where a y is not drawn.
         """
         self.check({str(name) for name in dataset.data_vars}, {str(axis): [] for axis in dataset.dims})
-        members = xr.Dataset({name: _last(dataset[name]) for name in (self.x, *self.y)})
+        members = xr.Dataset({name: last(dataset[name]) for name in (self.x, *self.y)})
         axes = [str(axis) for axis in members.dims]
-        there = _last(dataset["status"]) != "diverged"
+        there = last(dataset["status"]) != "diverged"
         if "train_loss" in dataset:
-            there &= _last(dataset["train_loss"]) <= self.settled * dataset["train_loss"].isel(step=0, drop=True)
+            there &= last(dataset["train_loss"]) <= self.settled * dataset["train_loss"].isel(step=0, drop=True)
         members = members.where(there & np.isfinite(members) & (members > 0))
         if not axes:
             return {name: np.atleast_1d(members[name].values) for name in (self.x, *self.y)}
@@ -97,7 +96,7 @@ class ScatterFigure(Figure):
             places = np.unique(np.linspace(0, len(kinds) - 1, min(len(kinds), _MOST_KEYS)).round().astype(int))
             handles = [
                 Line2D([], [], color=colour[kinds[i]], marker="o", markersize=3, linewidth=0,
-                       label=_value_label(self.colour, kinds[i]))
+                       label=value_label(self.colour, kinds[i]))
                 for i in places
             ]  # fmt: skip
         if self.diagonal:
@@ -141,6 +140,6 @@ class ScatterFigure(Figure):
                 if chosen.sum() > _FEWEST:
                     found.append(np.corrcoef(ranks)[0, 1])
             if found:
-                label = "" if self.colour is None else f"{_value_label(self.colour, kind)} "
+                label = "" if self.colour is None else f"{value_label(self.colour, kind)} "
                 texts.append(f"{label}{np.median(found):.2f}")
         return f"rank correlation: {', '.join(texts)}" if texts else ""

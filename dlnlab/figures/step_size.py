@@ -175,7 +175,7 @@ class StepSizeFigure(Figure):
         if "train_loss" in data:
             settled = last(data["train_loss"]) <= self.settled * data["train_loss"].isel(step=0)
             converging |= (status == "running") & settled
-        members = {name: _of_members(data, name) for name in quantities}
+        members = {name: final(data, name) for name in quantities}
         members |= {"converging": converging, "diverged": status == "diverged"}
         members = xr.Dataset(members).transpose("seed", "lr")
         lr, place = self._places(data, members)
@@ -217,18 +217,10 @@ class StepSizeFigure(Figure):
 # The numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _of_members(data: xr.Dataset, quantity: str) -> xr.DataArray:
-    if trailing := [dim for dim in data[quantity].dims if dim not in data["status"].dims]:
-        raise ValueError(
-            f"StepSizeFigure.quantities: {quantity!r} must be one number per member, not one per {tuple(trailing)}"
-        )
-    return final(data, quantity)
-
-
 def _levels(quantity: str, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> dict[str, float]:
     found = {level: dataset[f"{quantity}_{level}"] for level in LEVELS if f"{quantity}_{level}" in dataset}
     ends = {name: data for name, data in variants.items() if "lr" not in data.dims and quantity in data}
-    found |= {name: _of_members(data, quantity) for name, data in ends.items()}
+    found |= {name: final(data, quantity) for name, data in ends.items()}
     medians = {level: float(quantiles(last(array).values.ravel(), (0.5,))[0]) for level, array in found.items()}
     return {level: median for level, median in medians.items() if np.isfinite(median)}
 

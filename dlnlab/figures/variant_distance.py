@@ -7,8 +7,19 @@ import xarray as xr
 from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels, quantiles
-from dlnlab.figures.step_size import _last, _value_label, _x_label
+from dlnlab.figures.base import (
+    GREY,
+    SMALL_FONT_SIZE,
+    Canvas,
+    Figure,
+    colours,
+    last,
+    log_axis,
+    lr_label,
+    panels,
+    quantiles,
+    value_label,
+)
 
 
 class VariantDistanceFigure(Figure):
@@ -65,8 +76,8 @@ class VariantDistanceFigure(Figure):
             raise ValueError(f"VariantDistanceFigure.variant: no variant {self.variant!r}; there are {found}")
         beta, there = (data.beta.isel(step=-1, drop=True) for data in (dataset, variants[self.variant]))
         distance = np.sqrt(((beta - there) ** 2).sum("coordinate") / (there**2).sum("coordinate"))
-        settled = _last(dataset["train_loss"]) <= self.settled * dataset["train_loss"].isel(step=0)
-        distance = distance.where(settled & (_last(dataset["status"]) != "diverged")).sortby("lr")
+        settled = last(dataset["train_loss"]) <= self.settled * dataset["train_loss"].isel(step=0)
+        distance = distance.where(settled & (last(dataset["status"]) != "diverged")).sortby("lr")
         if "seed" not in distance.dims:
             distance = distance.expand_dims("seed")
         axes = [axis for axis in distance.dims if axis not in ("lr", "seed")]
@@ -74,7 +85,7 @@ class VariantDistanceFigure(Figure):
         for values in product(*(distance[axis].values for axis in axes)):
             cell = distance.sel(dict(zip(axes, values, strict=True))).transpose("lr", "seed").values
             low, middle, high = quantiles(cell, (0.1, 0.5, 0.9))
-            label = ", ".join(_value_label(axis, value) for axis, value in zip(axes, values, strict=True))
+            label = ", ".join(value_label(axis, value) for axis, value in zip(axes, values, strict=True))
             lr, count = distance.lr.values, np.isfinite(cell).sum(1)
             slopes = np.array([_slope(lr, seed) for seed in cell.T])
             slope = np.median(slopes[np.isfinite(slopes)]) if np.isfinite(slopes).any() else np.nan
@@ -120,7 +131,7 @@ class VariantDistanceFigure(Figure):
                            linewidth=0.7, zorder=2)  # fmt: skip
             handles.append(Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2, label=label))
         log_axis(panel.xaxis, table["lr"].min(), table["lr"].max())
-        panel.set_xlabel(_x_label(dataset))
+        panel.set_xlabel(lr_label(dataset))
         panel.set_ylabel(f"distance to the end of {self.variant}\nrelative to its norm")
         figure.legend(handles=handles, loc="outside upper center", frameon=False, fontsize=SMALL_FONT_SIZE,
                       handlelength=1.8, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip

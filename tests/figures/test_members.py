@@ -39,7 +39,7 @@ def thresholds():
 def test_an_axis_figure_shows_medians_over_seeds_in_units_of_the_members_own(thresholds):
     figure = AxisFigure("batch_size", ["gamma_max"], unit="flow_edge")
     table = figure.table(thresholds)
-    assert table["panel"].tolist() == ["sampling replacement"] * 3 + ["sampling subset"] * 3
+    assert table["panel"].tolist() == ["replacement"] * 3 + ["subset"] * 3
     np.testing.assert_allclose(table["median"], [1, 3, 5, 2, 4, 6])
     assert np.isinf(table["p90"]).all()
     assert table["members"].tolist() == [4] * 6
