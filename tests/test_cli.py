@@ -32,7 +32,9 @@ def run_directory(finished, cwd):
 def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_record(
     config, tmp_path, monkeypatch, capsys
 ):
-    run = run_directory(command_line("fit", "--config", str(ROOT / config), *SMALL, cwd=tmp_path), tmp_path)
+    plain = "ensemble:" not in (ROOT / config).read_text()  # a LightningModule of one's own trains a single member
+    small = SMALL[:2] if plain else SMALL
+    run = run_directory(command_line("fit", "--config", str(ROOT / config), *small, cwd=tmp_path), tmp_path)
     assert run == tmp_path / "lightning_logs" / Path(config).stem / "version_0"
     assert {path.name for path in run.iterdir()} >= {
         "config.yaml",
@@ -44,17 +46,18 @@ def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_r
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".pdf", ".csv"}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)  # its examples
     assert main(["fit", "--config", str(run / "config.yaml")]) == 0
     again = tmp_path / capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
     first, second = dlnlab.load_results(run), dlnlab.load_results(again)
-    assert first.sizes["seed"] == 2
-    assert int(first.step[-1]) == 30
+    assert plain or first.sizes["seed"] == 2
+    assert int(first.step[-1]) == (29 if plain else 30)  # its loss is recorded at the step it was computed at
     assert first.equals(second)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_opens_with_its_question_and_its_source(config):
-    header = (ROOT / config).read_text().split("\nensemble")[0]
+    header = (ROOT / config).read_text().split("\nname" if "\nname" in (ROOT / config).read_text() else "\nensemble")[0]
     assert header.startswith("# ")
     assert re.search(r"\?|\.", header.splitlines()[0])
     assert "ook at" in header

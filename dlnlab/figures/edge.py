@@ -20,7 +20,8 @@ _EFFECTIVE = {
 class EdgeFigure(Figure):
     """Training loss and curvature against the optimizer step, one line per variant, or per combination of axes but seed.
 
-    One panel for the loss and one for each quantity: the median over seeds where there are several. The edge of stability
+    One panel for the loss and one for each quantity: the median over the seeds that do not diverge; a combination of which
+    half do is left out. The edge of stability
     is dashed in the line's colour: 2/lr for gradient descent, and for every optimizer whatever the effective quantity says
     it is (2 x quantity/effective); quantities that begin with `effective_` have theirs at 2.
 
@@ -131,14 +132,22 @@ class EdgeFigure(Figure):
 
 
 def _cells(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
-    """Each combination of axes but seed, with its label."""
+    """Each combination of axes but seed of which fewer than half diverge, with its label; without those that do."""
     axes = [str(axis) for axis in data.train_loss.dims if axis not in ("seed", "step")]
     found = []
     for values in product(*(data[axis].values for axis in axes)):
         chosen: dict[str, Any] = dict(zip(axes, values, strict=True))
         label = ", ".join(f"{axis.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.3g')}"
                           for axis, value in chosen.items())  # fmt: skip
-        found.append((label, data.sel(chosen)))
+        cell = data.sel(chosen)
+        if "status" in cell:
+            ended = cell["status"].isel(step=-1) != "diverged"
+            if 2 * int(ended.sum()) <= ended.size:
+                continue
+            cell = cell[[name for name in cell.data_vars if "step" in cell[name].dims and name != "status"]].where(
+                ended
+            )
+        found.append((label, cell))
     return found
 
 
