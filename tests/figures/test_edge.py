@@ -37,7 +37,7 @@ def test_members_that_diverge_are_no_part_of_a_median_and_lost_combinations_no_l
 
 
 def test_a_quantity_that_is_not_recorded_is_refused():
-    with pytest.raises(ValueError, match="EdgeFigure.quantities: 'sharpness' is not recorded; recorded: train_loss"):
+    with pytest.raises(ValueError, match=r"EdgeFigure.quantities: 'sharpness' is not recorded; recorded: train_loss"):
         EdgeFigure().check({"train_loss"}, {})
     with pytest.raises(ValueError, match=r"EdgeFigure.quantities = \[\]"):
         EdgeFigure([])
