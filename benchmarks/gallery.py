@@ -55,20 +55,6 @@ def question_and_finding(name: str) -> tuple[str, str]:
     return paragraphs[0], " ".join(_SENTENCE.split(finding)[:2])
 
 
-def folder_of(name: str) -> Path:
-    """Where a config is run: beside the modules it names."""
-    model = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]
-    own = "." in (model if isinstance(model, str) else model["class_path"])
-    return ROOT / "examples" if own else ROOT
-
-
-def command_of(name: str) -> str:
-    """What a reader types, at the top of a checkout."""
-    if folder_of(name) == ROOT:
-        return f"python -m dlnlab fit --config configs/{name}.yaml"
-    return f"cd examples && python -m dlnlab fit --config ../configs/{name}.yaml"
-
-
 def picture_of(name: str) -> Path:
     """Where a config's picture lies."""
     return ROOT / "docs" / "images" / f"{name.rpartition('/')[2]}.png"
@@ -85,7 +71,7 @@ def draw(name: str) -> float:
         command = [sys.executable, "-m", "dlnlab", "fit", "--config", str(ROOT / "configs" / f"{name}.yaml"),
                    "--trainer.default_root_dir", root]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=folder_of(name), env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr}")
         run = Path(root) / done.stdout.splitlines()[-1].removeprefix("run: ")
@@ -131,7 +117,7 @@ def page() -> str:
             "",
             finding,
             "",
-            f"```bash\n{command_of(name)}\n```",
+            f"```bash\npython -m dlnlab fit --config configs/{name}.yaml\n```",
             "",
             f'<img src="images/{picture_of(name).name}" width="{width}" alt="{name}">',
             "",

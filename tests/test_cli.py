@@ -39,7 +39,7 @@ def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_r
     config, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")  # plain modules that some configs train
+    monkeypatch.syspath_prepend(ROOT)  # its examples: plain modules that some configs train
     content = yaml.safe_load((ROOT / config).read_text())
     small = SMALL if "ensemble" in content else SMALL[:2]
     for axis, values in content.get("ensemble", {}).items():

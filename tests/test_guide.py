@@ -12,7 +12,9 @@ from dlnlab.cli import main
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text(), re.MULTILINE | re.DOTALL)
-FILES = [body.split("\n", 1) for _, body in BLOCKS if body.startswith("# examples/")]
+SHARPNESS = (ROOT / "docs" / "sharpness.md").read_text()
+OF_SHARPNESS = re.findall(r"^```(\w+)\n(.*?)^```$", SHARPNESS, re.MULTILINE | re.DOTALL)
+FILES = [body.split("\n", 1) for _, body in BLOCKS + OF_SHARPNESS if body.startswith("# examples/")]
 
 
 @pytest.mark.parametrize(("name", "shown"), FILES, ids=[name for name, _ in FILES])

@@ -6,6 +6,7 @@ from dlnlab.figures.coordinate import CoordinateFigure
 from dlnlab.figures.coordinate_paths import CoordinatePathsFigure
 from dlnlab.figures.coordinates import CoordinatesFigure
 from dlnlab.figures.curve import CurveFigure
+from dlnlab.figures.edge import EdgeFigure
 from dlnlab.figures.final_value import FinalValueFigure
 from dlnlab.figures.oscillation import OscillationFigure
 from dlnlab.figures.scatter import ScatterFigure
@@ -18,6 +19,7 @@ __all__ = [
     "CoordinatePathsFigure",
     "CoordinatesFigure",
     "CurveFigure",
+    "EdgeFigure",
     "Figure",
     "FinalValueFigure",
     "OscillationFigure",
