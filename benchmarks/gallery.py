@@ -4,12 +4,11 @@
 
 runs the configs named (all by default), each in a process of its own, keeps the picture of each first figure in
 `docs/images/` and writes `docs/gallery.md` from what the configs say of themselves: the question is a header's first line,
-the finding its paragraph that begins with `Seen`. `--text` writes the page from the pictures that are there.
+the finding its paragraph that begins with `Finding:`. `--text` writes the page from the pictures that are there.
 """
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 1000
 """Pixels of a picture."""
-_SENTENCE = re.compile(r"(?<=[.?!)])\s+(?=[A-Z])")
 
 
 def configs() -> list[str]:
@@ -42,17 +40,16 @@ def header(name: str) -> list[str]:
 
 
 def question_and_finding(name: str) -> tuple[str, str]:
-    """What a config asks, and the first two sentences of what was seen.
+    """What a config asks, and what was found.
 
     Raises:
-        ValueError: If its header has no paragraph that begins with `Seen:`.
+        ValueError: If its header has no paragraph that begins with `Finding:`.
     """
     paragraphs = header(name)
-    seen = [paragraph[5:].strip() for paragraph in paragraphs if paragraph.startswith("Seen:")]
-    if not seen:
-        raise ValueError(f"configs/{name}.yaml: its header has no paragraph that begins with `Seen:`")
-    finding = seen[0][0].upper() + seen[0][1:]
-    return paragraphs[0], " ".join(_SENTENCE.split(finding)[:2])
+    found = [paragraph[8:].strip() for paragraph in paragraphs if paragraph.startswith("Finding:")]
+    if not found:
+        raise ValueError(f"configs/{name}.yaml: its header has no paragraph that begins with `Finding:`")
+    return paragraphs[0], found[0]
 
 
 def picture_of(name: str) -> Path:
