@@ -168,11 +168,13 @@ def _integrals(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> tuple[np.ndar
     settled.terminal = True
     if not y.any():
         return np.zeros(n), np.zeros(d)
+    if np.linalg.norm(x @ (np.linalg.pinv(x) @ y) - y) > 1e-8 * np.linalg.norm(y):
+        raise ValueError("flow_integrals: no interpolator exists, so the integrals are infinite")
     # The time goes with the inverse square of the inputs, and with 1/alpha^2 at worst.
     end = 1e6 * n / (x * x).sum() * max(1.0, 1.0 / scale.min())
     found = solve_ivp(
         velocity, (0.0, end), np.zeros(2 * n + d), "LSODA", events=settled, rtol=1e-9, atol=1e-10 * float(y @ y)
     )
     if found.status != 1:
-        raise ValueError("flow_integrals: the flow does not come to an interpolator; the data cannot be interpolated")
+        raise ValueError(f"flow_integrals: the flow has not come to an interpolator by time {found.t[-1]:.3g}")
     return found.y[n : 2 * n, -1], found.y[2 * n :, -1]

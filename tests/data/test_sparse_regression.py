@@ -37,6 +37,9 @@ LAWS = {
     "gaussian": stats.norm(),
     "uniform": stats.uniform(-math.sqrt(3), 2 * math.sqrt(3)),
     "student_t": stats.t(3, scale=1 / math.sqrt(3)),
+    "lognormal": stats.lognorm(
+        1, -math.sqrt(math.e) / math.sqrt((math.e - 1) * math.e), 1 / math.sqrt((math.e - 1) * math.e)
+    ),
     "correlated": stats.norm(),
 }
 
@@ -49,6 +52,16 @@ def test_inputs_follow_their_distribution_with_variance_one(name):
         assert stats.kstest(column, LAWS[name].cdf).pvalue > ALARM
 
 
+def test_the_distribution_can_be_an_axis_and_changes_nothing_else():
+    data = drawn(Ensemble(input_distribution=["gaussian", "lognormal"], seed=2), **SIZES)
+    assert data.data_index.tolist() == [0, 1, 2, 3]
+    for i, name in ((0, "gaussian"), (2, "lognormal")):
+        alone = drawn(Ensemble(seed=2), **SIZES, input_distribution=name).problems
+        assert all(torch.equal(one[i : i + 2], other) for one, other in zip(data.problems, alone, strict=True))
+    with pytest.raises(ValueError, match=r"^input_distribution = 'cauchy': must be one of gaussian"):
+        drawn(Ensemble(input_distribution=["cauchy"], seed=2), **SIZES)
+
+
 def test_rademacher_inputs_are_fair_signs():
     x = large(input_distribution="rademacher").x[0]
     assert set(x.unique().tolist()) == {-1.0, 1.0}
@@ -58,7 +71,7 @@ def test_rademacher_inputs_are_fair_signs():
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_rows_are_independent_and_so_are_features_unless_correlated(name):
     x = large(input_distribution=name).x[0].numpy()
-    x = np.sign(x) if name == "student_t" else x  # heavy tails: correlate the signs
+    x = np.sign(x) if name in ("student_t", "lognormal") else x  # heavy tails: correlate the signs
     assert stats.pearsonr(x[:-1].ravel(), x[1:].ravel()).pvalue > ALARM
     if name != "correlated":
         assert stats.pearsonr(x[:, :-1].ravel(), x[:, 1:].ravel()).pvalue > ALARM

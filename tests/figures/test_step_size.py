@@ -316,3 +316,46 @@ def test_a_quantity_with_many_numbers_per_member_is_refused(grid):
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=rf"StepSizeFigure\.{next(iter(arguments))}"):
         StepSizeFigure(**arguments)
+
+
+# Over an edge ---------------------------------------------------------------------------------------------------------
+
+
+def over_an_edge(ends, edges, status="converged"):
+    """Results whose seeds have edges of their own, recorded at the last step alone."""
+    data = results(ends, status, lr=LR, seed=range(len(edges)))
+    step_size = np.broadcast_to(np.array(LR)[:, None], data.distance.shape[:2])
+    edge = np.full(data.distance.shape, np.nan)
+    edge[:, :, -1] = edges
+    return data.assign(step_size=(("lr", "seed"), step_size), flow_edge=(("lr", "seed", "step"), edge))
+
+
+def test_over_an_edge_members_are_gathered_by_their_own_ratio():
+    lr, edges = np.array(LR)[:, None], np.array([0.1, 0.2, 0.3])
+    width = np.median(np.diff(np.log(LR)))
+    table = StepSizeFigure(over="flow_edge").table(over_an_edge(lr / edges, edges))
+    assert (np.diff(table["lr_over_flow_edge"]) > 0).all() and table["members"].sum() == 15
+    half = np.exp(width / 2)
+    assert (
+        table["distance"] <= table["lr_over_flow_edge"] * half * (1 + 1e-9)
+    ).all()  # 1e-9: rounding of the bins' ends
+    assert (table["distance"] >= table["lr_over_flow_edge"] / half * (1 - 1e-9)).all()
+
+
+def test_no_bin_holds_members_on_both_sides_of_the_edge():
+    edges = np.array([0.05, 0.11, 0.19, 0.2, 0.35, 0.41, 0.7])
+    beyond = np.where(np.array(LR)[:, None] > edges, 100.0, 1.0)
+    table = StepSizeFigure(over="flow_edge").table(over_an_edge(beyond, edges))
+    np.testing.assert_array_equal(table["distance"], np.where(table["lr_over_flow_edge"] > 1, 100, 1))
+    np.testing.assert_array_equal(table["distance_p10"], table["distance_p90"])
+
+
+def test_over_an_edge_a_line_stands_at_one_and_the_axis_says_what_it_is():
+    figure = StepSizeFigure(over="flow_edge").draw(over_an_edge(np.ones((5, 2)), np.array([0.1, 0.2])))
+    assert 1 in [line.get_xdata()[0] for line in figure.axes[0].lines if len(set(line.get_xdata())) == 1]
+    assert figure.axes[-1].get_xlabel() == r"step size $\gamma$ / (2/sharpness at the flow's end)"
+
+
+def test_an_edge_that_is_not_recorded_is_named_before_a_fit():
+    with pytest.raises(ValueError, match=r"StepSizeFigure\.over: 'flow_edge' is not recorded; recorded: distance$"):
+        StepSizeFigure(over="flow_edge").check({"distance"}, {"lr": [0.1]})

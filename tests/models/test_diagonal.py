@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import Logger
 from torch.nn import Parameter
 
-from dlnlab import Ensemble
+from dlnlab import Ensemble, theory
 from dlnlab.callbacks import MemberGuard
 from dlnlab.models import DiagonalLinearNetwork, LinearNetwork
 from dlnlab.optim import GainSGD
@@ -614,3 +614,47 @@ def test_a_parameter_without_the_members_axis_is_refused(fit):
 
     with pytest.raises(ValueError, match=r"parameter beta has shape \(1, 3\): its first axis must be the 4 members"):
         train(fit, Shared, problems(), 10, {"lr": [0.1, 0.2], "seed": 2})
+
+
+# Initialisation on the support ----------------------------------------------------------------------------------------
+
+
+def test_the_initialisation_can_be_scaled_on_the_support_of_each_members_teacher(fit):
+    arrays = problems(n=5, d=4)
+    arrays = (*arrays[:2], np.array([[1.0, 0, 0, 2], [0, -3, 0, 0]]))
+    axes = {"init_on_support": [0.5, 1.0, 3.0], "seed": 2}
+    model, _ = train(fit, DiagonalLinearNetwork, arrays, 40, axes, init_scale=0.2)
+    for member, label in enumerate(model.ensemble.labels):
+        scale = np.where(arrays[2][label["seed"]] != 0, 0.2 * label["init_on_support"], 0.2)
+        alone = [part[label["seed"]][None] for part in arrays]
+        expected, _ = train(fit, DiagonalLinearNetwork, alone, 40, {"lr": [0.01]}, init_scale=scale.tolist())
+        default, _ = train(fit, DiagonalLinearNetwork, arrays, 40, {**axes, "lr": [0.01]}, init_scale=0.2)
+        torch.testing.assert_close(default.w_plus[member], expected.w_plus[0])
+
+
+def test_units_of_the_edge_know_the_initialisation_on_the_support(fit):
+    arrays = problems(n=3, d=5, noise=0.0)
+    axes = {"lr": [0.5], "init_on_support": [0.1, 1.0, 4.0], "seed": 2}
+    model, _ = train(fit, DiagonalLinearNetwork, arrays, 1, axes, init_scale=0.3, lr_unit="flow_edge")
+    for member, label in enumerate(model.ensemble.labels):
+        x, y, teacher = (torch.as_tensor(part[label["seed"]]) for part in arrays)
+        scale = torch.where(teacher != 0, 0.3 * label["init_on_support"], 0.3).double()
+        torch.testing.assert_close(model.step_size[member], 0.5 * theory.flow_edge(x, y, scale))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init_on_support": 0}, r"^init_on_support = 0: must be positive and finite$"),
+        ({"init_on_support": 2.0, "dim": 3}, r"^init_on_support: the support is the data's; leave dim to them$"),
+    ],
+)
+def test_an_initialisation_on_a_support_that_is_not_there_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DiagonalLinearNetwork(**arguments)
+
+
+def test_without_a_teacher_there_is_no_support(fit):
+    x, y, _ = problems()
+    with pytest.raises(ValueError, match=r"^init_on_support: the data have no teacher; it must be 1$"):
+        train(fit, DiagonalLinearNetwork, (x, y, None), 1, {"seed": 2}, init_on_support=2.0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import solve_ivp
+from scipy.integrate import simpson, solve_ivp
 
 from dlnlab import theory
 
@@ -66,3 +66,36 @@ def test_the_edges_of_a_stack_are_those_of_its_problems():
         assert together.shape == (3,)
         for k in range(3):
             torch.testing.assert_close(together[k], edge(X[k], y[k], 0.1), rtol=1e-9, atol=0)  # the solver's accuracy
+
+
+def test_the_integrals_along_the_flow_are_those_of_its_integrated_residuals_and_gradients(flow):
+    X, y, solution = flow
+    # Simpson's rule in the logarithm of 1 + t.
+    grid = np.linspace(0, np.log(401), 4001)
+    times = np.expm1(grid)
+    residuals = np.stack([X @ predictor(solution(t)).numpy() - y for t in times], 1)
+    gradients = X.T @ residuals / 4
+    expected = [simpson(values**2 * (1 + times), x=grid) for values in (residuals, gradients)]
+    for found, right in zip(theory.flow_integrals(X, y, ALPHA), expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-6)  # the integrators' tolerances
+
+
+def test_stacked_integrals_are_those_of_each_problem_and_add_up_to_the_loss_integral(flow):
+    X, y, _ = flow
+    problems = torch.as_tensor(np.stack([X, 2 * X])), torch.as_tensor(np.stack([y, y]))
+    scale = torch.tensor([[0.1], [0.3]], dtype=torch.float64).expand(2, 6)
+    residual, gradient = theory.flow_integrals(*problems, scale)
+    for i in range(2):
+        alone = theory.flow_integrals(problems[0][i], problems[1][i], scale[i])
+        torch.testing.assert_close((residual[i], gradient[i]), alone)
+    end, _ = theory.min_hypentropy(*problems, scale)
+    torch.testing.assert_close(
+        residual.sum(-1) / 8, theory.loss_integral(end, scale), rtol=1e-6, atol=0
+    )  # its tolerance
+
+
+def test_integrals_of_a_flow_that_never_interpolates_are_refused():
+    with pytest.raises(ValueError, match="no interpolator exists"):
+        theory.flow_integrals([[1.0], [1.0]], [0.0, 1.0], 0.1)
+    residual, gradient = theory.flow_integrals([[1.0, 2.0]], [0.0], 0.1)
+    assert residual.tolist() == [0] and gradient.tolist() == [0, 0]
