@@ -112,7 +112,8 @@ class Thresholds(Measurement):
                 tol = 1e-6 * float(wanted.min())  # by chance a loss that oscillates may pass, but not so low
                 status = replay.advance(tried, factors, lr, 0, num_steps, tol, records=records)
                 settled = (records.train_loss.to(wanted) <= wanted).all(0)
-                return settled, (status == 2).to(wanted.device)
+                diverged = (status == 2).to(wanted.device)  # back at a state from before, with a loss of then
+                return settled & ~diverged, diverged
 
             unit = edges["mean_square_edge"]
             found = thresholds(trial, self.lowest * unit, self.highest * unit, self.num_rates, self.tol)

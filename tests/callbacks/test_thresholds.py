@@ -24,7 +24,9 @@ def measured(data, measurement, steps=3, **options):
 @pytest.mark.parametrize("scale", [0.1, 0.5])
 def test_thresholds_of_diagonal_inputs_are_those_of_the_scalar_problem_in_closed_form(scale):
     x, y = np.array([1.0, 2.0, 0.5]), np.array([1.0, -0.8, 3.0])
-    found = measured(ArrayRegression(np.diag(x), y), Thresholds(settled=1e-6, tol=1e-3), init_scale=scale).isel(step=-1)
+    found = measured(ArrayRegression(np.diag(x), y), Thresholds(20_000, settled=1e-6, tol=1e-3), init_scale=scale).isel(
+        step=-1
+    )
     # Each coordinate is u v -> y/x with the step gamma x^2/n. It converges up to 1/|Phi|, where the period doubles; it is
     # bounded while v = eta lambda - eta^2 Phi eps starts below 4.
     phi, unit = y / x, len(x) / x**2
@@ -107,3 +109,23 @@ def test_thresholds_are_of_the_last_step_unless_scheduled():
 def test_thresholds_refuse_what_has_none(options, word):
     with pytest.raises(ValueError, match=f"Thresholds.*{word}"):
         measured(SparseRegression(4, 6, 2), Thresholds(), **options)
+
+
+def test_with_one_sample_every_edge_of_sgd_is_that_of_gd():
+    ensemble = dlnlab.Ensemble(batch_size=[1, "full"], sampling=["replacement", "subset"])
+    measurement = Thresholds(num_steps=5000, almost_sure=True)
+    found = measured(ArrayRegression([[2.0]], [1.0]), measurement, ensemble=ensemble).isel(step=-1)
+    for name in ("gamma_max", "gamma_tilde_max"):
+        assert np.unique(found[name]).size == 1
+    for name in ("flow_edge", "mean_square_edge", "almost_sure_edge"):
+        # 2/(x^2 u^2 + x^2 v^2) at u v = 1/2 and u^2 - v^2 = 2 alpha^2
+        np.testing.assert_allclose(found[name], 1 / (4 * np.sqrt(0.25 + 0.1**4)), rtol=1e-7)  # the search's
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_steps": 0}, {"settled": 0.0}, {"tol": float("nan")}, {"lowest": 2.0, "highest": 1.0}, {"num_rates": 1}],
+)
+def test_thresholds_name_an_argument_that_is_out_of_range(options):
+    with pytest.raises(ValueError, match=f"Thresholds.{'highest' if 'highest' in options else next(iter(options))}"):
+        Thresholds(**options)
