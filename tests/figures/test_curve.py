@@ -103,6 +103,21 @@ def test_variants_are_lines_and_those_without_the_axis_of_x_or_asked_for_are_lev
     assert len(lines(figure)) == 2 and len(lines(CurveFigure().draw(data, flow=other))) == 3
 
 
+def test_only_the_runs_that_are_asked_for_are_drawn(grid):
+    _, data = grid
+    other = data.isel(lr=0, drop=True)
+    assert set(CurveFigure(runs=["more"]).table(data, flow=other, more=data)["line"]) == {
+        "more, lr 0.1",
+        "more, lr 0.2",
+    }
+    assert "distance_flow" not in CurveFigure(x="lr", runs=["main"]).table(data, flow=other)
+
+
+def test_an_axis_of_one_value_is_not_named(grid):
+    _, data = grid
+    assert set(CurveFigure().table(data.isel(lr=[0]), flow=data)["line"]) == {"", "flow, lr 0.1", "flow, lr 0.2"}
+
+
 def test_a_quantity_that_a_variant_lacks_is_left_out_of_its_line(grid):
     _, data = grid
     figure = CurveFigure(["distance", "rare"]).draw(data, flow=data.isel(lr=0, drop=True).drop_vars("rare"))
