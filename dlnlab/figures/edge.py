@@ -124,7 +124,9 @@ class EdgeFigure(Figure):
     @staticmethod
     def _edge(cell: xr.Dataset, quantity: str) -> np.ndarray:
         effective = _EFFECTIVE.get(quantity)
-        if effective not in cell:
+        # Beside a preconditioned one, the effective sharpness is that one's.
+        another = quantity == "sharpness" and "preconditioned_sharpness" in cell
+        if effective not in cell or another:
             return np.full(cell.sizes["step"], np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             edges = 2 * cell[quantity] / cell[effective]

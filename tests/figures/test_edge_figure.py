@@ -25,6 +25,13 @@ def test_each_run_is_a_line_beside_its_own_edge():
     assert [line.get_ydata()[0] for line in curvature.lines] == pytest.approx([1, 20, 1, 100])
 
 
+def test_beside_the_preconditioned_sharpness_the_plain_one_has_no_edge():
+    data = run(0.1).assign(preconditioned_sharpness=("step", 30 * (1.0 + np.arange(10))))
+    table = EdgeFigure(["preconditioned_sharpness", "sharpness"]).table(data)
+    np.testing.assert_allclose(table["preconditioned_sharpness_edge"], 600)
+    assert np.isnan(table["sharpness_edge"]).all()
+
+
 def test_members_that_diverge_are_no_part_of_a_median_and_lost_combinations_no_line():
     values = np.array([[[1.0, 1.0], [3.0, 3.0], [1e9, 1e9]], [[5.0, 5.0], [1e9, 1e9], [1e9, 1e9]]])
     status = np.where(values > 1e6, "diverged", "running")
