@@ -107,15 +107,15 @@ def test_only_the_runs_that_are_asked_for_are_drawn(grid):
     _, data = grid
     other = data.isel(lr=0, drop=True)
     assert set(CurveFigure(runs=["more"]).table(data, flow=other, more=data)["line"]) == {
-        "more, lr 0.1",
-        "more, lr 0.2",
+        r"more, $\gamma$ = 0.1",
+        r"more, $\gamma$ = 0.2",
     }
     assert "distance_flow" not in CurveFigure(x="lr", runs=["main"]).table(data, flow=other)
 
 
 def test_an_axis_of_one_value_is_not_named(grid):
     _, data = grid
-    assert set(CurveFigure().table(data.isel(lr=[0]), flow=data)["line"]) == {"", "flow, lr 0.1", "flow, lr 0.2"}
+    assert set(CurveFigure().table(data.isel(lr=[0]), flow=data)["line"]) == {"", r"flow, $\gamma$ = 0.1", r"flow, $\gamma$ = 0.2"}
 
 
 def test_a_quantity_that_a_variant_lacks_is_left_out_of_its_line(grid):
