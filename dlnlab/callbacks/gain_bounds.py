@@ -1,25 +1,24 @@
-"""GainBounds: what theory says of the gain before it is measured."""
+"""GainBounds: between what the gain lies."""
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dlnlab import theory
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.replay import Replay
-from dlnlab.kernels import DualFlow, Records
+from dlnlab.kernels import Records
 from dlnlab.models import DiagonalLinearNetwork
+from dlnlab.models.base import DIVERGED
 
 _LARGEST_STEP = 0.8926
 """While max|lr g| is below, x^2 <= q(x) <= 2 x^2."""
 _RECORD_BYTES = 32 * 2**20
-_RATIO, _NODES = 1.15, 6
 
 
 class GainBounds(Measurement):
-    r"""The gain's l1 norm beside its bounds in expectation and its leading law, and the step size in units of 1/(L B).
+    r"""The bounds in expectation of the gain's l1 norm, and the step size in units of 1/(L B).
 
     .. math:: 2 \lambda_b \gamma^2 \sum_k L(\beta_k) \;\le\; |Gain|_1 \;\le\; 4 \Lambda_b \gamma^2 \sum_k L(\beta_k)
 
@@ -28,20 +27,18 @@ class GainBounds(Measurement):
     the members once more. The bounds are NaN where max\|lr g\| has passed 0.8926, which they need, and everything is NaN
     for members that have diverged.
 
-    Logged: `theory/gain_lower_bound`, `theory/gain_upper_bound`; `theory/gain_leading_l1`, the l1 norm of the gain to
-    leading order in lr, from the integrals of gradient flow's residuals and gradients (`gain_leading` in the results, one
-    entry per coordinate); `theory/gain_over_leading`, the measured l1 norm over it; `theory/gamma_LB`, lr L B with L the
-    largest curvature of a batch (where batches are too many to go through, an upper bound) and B the largest
-    \|beta\|_inf of any step: a ratio, never a verdict, for the paper's constant is not known here. Cost: the fit's steps
-    once more, with the full loss at each, and a gradient flow per problem.
+    Logged: `theory/gain_lower_bound`, `theory/gain_upper_bound`; `theory/gamma_LB`, lr L B with L the largest curvature of
+    a batch (where batches are too many to go through, an upper bound) and B the largest \|beta\|_inf of any step: a ratio,
+    never a verdict, for the paper's constant is not known here. Cost: the fit's steps once more, with the full loss at
+    each.
 
     Args:
         every_n_steps: A period in optimizer steps; without a schedule, the last step only.
         at: A list of steps.
 
     Reference:
-        even2023, section 3 (that such bounds hold; the condition gamma <= c/(L B)); constants and leading law derived
-        here: `theory.expected_gain_bounds`, `theory.leading_gain`.
+        even2023, section 3 (that such bounds hold; the condition gamma <= c/(L B)); their constants: derived here,
+        `theory.expected_gain_bounds`.
     """
 
     last_only: ClassVar[bool] = True
@@ -52,22 +49,18 @@ class GainBounds(Measurement):
 
     def names(self, model: Any) -> tuple[str, ...]:
         """See `Measurement.names`; without the work."""
-        return (
-            "gain_lower_bound", "gain_upper_bound", "gain_leading", "gain_leading_l1", "gain_over_leading", "gamma_LB",
-        )  # fmt: skip
+        return "gain_lower_bound", "gain_upper_bound", "gamma_LB"
 
     def measure(self, model: DiagonalLinearNetwork, batch: Any) -> dict[str, Tensor]:
-        """All of them, (E,); `gain_leading` (E, D)."""
+        """All of them, (E,)."""
         del batch
         replay, optimizer = Replay(model), model._optimizer
         lr = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64, device=model.device)
         lr = lr.expand(model.num_members)
         tol = 0.0 if model.guard is None else model.guard_tol
         loss_sum, beta_max = _along(replay, lr, optimizer.num_steps, tol)
-        residual_integral, gradient_integral = _flow_integrals(replay)
         x = replay.problems.x.double()[replay.problem]
         values = {name: torch.empty_like(lr) for name in ("gain_lower_bound", "gain_upper_bound", "gamma_LB")}
-        values["gain_leading"] = torch.empty_like(x[:, 0])
         batches = list(zip(model.per_member("batch_size"), model.per_member("sampling"), strict=True))
         for size, sampling in dict.fromkeys(batches):
             at = torch.tensor([kind == (size, sampling) for kind in batches], device=lr.device)
@@ -75,17 +68,11 @@ class GainBounds(Measurement):
             low, high = theory.expected_gain_bounds(lr[at], loss_sum[at], x[at], *drawn)
             values["gain_lower_bound"][at], values["gain_upper_bound"][at] = low, high
             values["gamma_LB"][at] = theory.gamma_LB(lr[at], x[at], drawn[0], beta_max[at], drawn[1])
-            values["gain_leading"][at] = theory.leading_gain(
-                lr[at, None], x[at], residual_integral[at], gradient_integral[at], *drawn
-            )
-        values["gain_leading_l1"] = values["gain_leading"].sum(-1)
-        values["gain_over_leading"] = optimizer.gain.abs().sum(-1) / values["gain_leading_l1"]
         too_far = optimizer.factors(optimizer.pairs[0]).largest_step > _LARGEST_STEP
         for name in ("gain_lower_bound", "gain_upper_bound"):
             values[name] = values[name].where(~too_far, torch.nan)
-        lost = model.status == 2
-        return {name: value.where(~(lost if value.ndim == 1 else lost[:, None]), torch.nan)
-                for name, value in values.items()}  # fmt: skip
+        lost = model.status == DIVERGED
+        return {name: value.where(~lost, torch.nan) for name, value in values.items()}
 
 
 def _along(replay: Replay, lr: Tensor, num_steps: int, tol: float) -> tuple[Tensor, Tensor]:
@@ -107,34 +94,3 @@ def _along(replay: Replay, lr: Tensor, num_steps: int, tol: float) -> tuple[Tens
         if bool((status != 0).all()):  # what is left is below the tolerance
             break
     return total, largest
-
-
-def _flow_integrals(replay: Replay) -> tuple[Tensor, Tensor]:
-    """Time integrals of r_j^2, (E, N), and of g_i^2, (E, D), along gradient flow from where each member began."""
-    members, kind = replay.distinct(batches=False)
-    problem = replay.problem[members]
-    x, y = replay.problems.x.double(), replay.problems.y.double()
-    plus, minus = (w[members].double() for w in replay.start)
-    n = x.shape[1]
-    log_init = (plus.abs().log() + minus.abs().log()) / 2
-    end, _ = theory.min_bregman(x[problem], y[problem], None, (plus**2 - minus**2) / 2, log_effective_init=log_init)
-    curvature = (x[problem] * theory.weight_square(end, log_init.exp())[:, None]) @ x[problem].mT / n
-    rates = torch.linalg.eigvalsh(curvature)
-    slowest = torch.where(rates > 1e-12 * rates[:, -1:], rates, torch.inf).amin(-1)
-    first, last = 0.01 / rates[:, -1], 20 / slowest  # exp(-40) is left of a squared residual
-    flow = DualFlow(x, y, problem, plus, minus, float(last.max()), 1e-10)
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    found = []
-    for i in range(len(members)):
-        count = int(torch.log(last[i] / first[i]) / np.log(_RATIO)) + 2
-        ends = np.concatenate(([0.0], np.geomspace(float(first[i]), float(last[i]), count)))
-        half = np.diff(ends) / 2
-        times, factor = ends[:-1, None] + half[:, None] * (1 + nodes), half[:, None] * weights
-        states = [flow.at(torch.tensor([i]), time)[:2] for time in times.ravel()]
-        beta = torch.cat([(p.square() - m.square()) / 2 for p, m in states]).double()
-        residual = beta @ x[problem[i]].T - y[problem[i]]
-        gradient = residual @ x[problem[i]] / n
-        each = torch.from_numpy(factor.ravel()).to(beta)
-        found.append((each @ residual.square(), each @ gradient.square()))
-    residuals, gradients = (torch.stack(parts)[kind] for parts in zip(*found, strict=True))
-    return residuals, gradients

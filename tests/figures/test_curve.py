@@ -115,7 +115,11 @@ def test_only_the_runs_that_are_asked_for_are_drawn(grid):
 
 def test_an_axis_of_one_value_is_not_named(grid):
     _, data = grid
-    assert set(CurveFigure().table(data.isel(lr=[0]), flow=data)["line"]) == {"", r"flow, $\gamma$ = 0.1", r"flow, $\gamma$ = 0.2"}
+    assert set(CurveFigure().table(data.isel(lr=[0]), flow=data)["line"]) == {
+        "",
+        r"flow, $\gamma$ = 0.1",
+        r"flow, $\gamma$ = 0.2",
+    }
 
 
 def test_a_quantity_that_a_variant_lacks_is_left_out_of_its_line(grid):
