@@ -240,6 +240,8 @@ class CurveFigure(Figure):
             if quantity not in line or np.isnan(line[quantity]).all():
                 continue
             there = ~np.isnan(line[quantity]) & ~np.isnan(line[self.x])
+            there &= (line[self.x] > 0) | (self.x in self.linear)
+            there &= (line[quantity] > 0) | linear
             x, y = line[self.x][there], line[quantity][there]
             if f"{quantity}_p10" in line:
                 low, high = (np.minimum(line[f"{quantity}_{end}"][there], ceiling) for end in ("p10", "p90"))
