@@ -282,7 +282,7 @@ case("plain-module-without-steps", "LightningModule does not define `training_st
 case("plain-module-without-data", "data: neither they nor Steps define `train_dataloader`",
      {**model("mine.Steps"), "ensemble": DROP, "data": DROP})  # fmt: skip
 case("sizes-disagree", ["model", "4 features", "5"], model("DiagonalLinearNetwork", dim=4))
-for name in ("init_scale", "label_noise"):
+for name in ("init_scale", "init_on_support", "label_noise"):
     values(f"model.init_args.{name}", "must be", None, NAN, INF, -1, "x", True, {})
 case("init-scale-list", "init_scale has 2 entries", {"model.init_args.init_scale": [1.0, 2.0]})
 values("model.init_args.batch_size", "must be", None, 0, -1, 1.5, "half", True, NAN, [1])
@@ -785,7 +785,8 @@ KEYS = [
     *("model.class_path", "model.init_args", "data.class_path", "data.init_args"),
     *(f"ensemble.{name}" for name in ("lr", "seed", "batch_size", "sampling", "init_scale", "label_noise", "weight_decay",
                                       "sparsity", "noise_std", "correlation", "momentum")),
-    *(f"model.init_args.{name}" for name in ("init_scale", "dim", "batch_size", "sampling", "label_noise", "lr_unit",
+    *(f"model.init_args.{name}" for name in ("init_scale", "init_on_support", "dim", "batch_size", "sampling",
+                                             "label_noise", "lr_unit",
                                              "dtype", "max_chunk", "optimizer", "ensemble", "depth")),
     *(f"data.init_args.{name}" for name in ("num_samples", "dim", "sparsity", "noise_std", "input_distribution",
                                             "correlation", "input_mean", "row_scale", "signal", "signal_scale",
