@@ -143,7 +143,8 @@ def _last(array: xr.DataArray) -> xr.DataArray:
             f"StepSizeFigure.quantities: {array.name!r} must be one number per member, not one per {trailing}"
         )
     recorded = array != "" if array.dtype.kind in "OU" else array.notnull()
-    return array.isel(step=int(np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))[-1]))
+    steps = np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))
+    return array.isel(step=int(steps[-1]) if len(steps) else -1)
 
 
 def _final(data: xr.Dataset, quantity: str) -> xr.DataArray:
