@@ -159,7 +159,12 @@ class Sharpness(Measurement):
     def state_key(self) -> str:
         """One trainer may have several, of different quantities."""
         return self._generate_state_key(
-            quantity=self.quantity, operator=self.operator, which=self.which, k=self.k, params=self.params, mode=self.mode
+            quantity=self.quantity,
+            operator=self.operator,
+            which=self.which,
+            k=self.k,
+            params=self.params,
+            mode=self.mode,
         )
 
     # What is measured -------------------------------------------------------------------------------------------------
