@@ -17,6 +17,10 @@ from scipy.integrate import LSODA
 from torch import Tensor
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
+_LATE, _STAGE = 1e-5, 1e-2
+"""Where the residual has fallen to the first part of what it was, late stages begin; each lasts until the second part."""
+_SPEED_ERROR, _LOOSEST = 1e-4, 1e-6
+"""In a late stage: error of the velocity, relative, and of X^T nu."""
 _LARGEST_EXPONENT = 650.0
 """A trial step may ask for the exponential of anything; what is refused must still be a number, and its square too."""
 
@@ -85,36 +89,65 @@ class _Member:
         with np.errstate(all="ignore"):
             # In the kernel regime, alpha^2 >> |beta|, the whole path of X^T nu is as short as asinh(beta/alpha^2)/2.
             reach = 0.5 * np.arcsinh(np.abs(np.linalg.pinv(x) @ y).max() * np.exp(-self._scale.max()))
-        atol = tol * min(1.0, float(reach)) if reach > 0 else tol
+        self._tol, self._atol = max(tol, 1e-13), tol * min(1.0, float(reach)) if reach > 0 else tol
+        self._end, self._integral = end, 0.0  # the integral of the loss up to the beginning of the solver's last step
+        self._origin, self._basis = np.zeros(len(y)), np.eye(len(y))
+        whole = float(np.linalg.norm(y) + np.linalg.norm(self._residual(self._origin)))
+        self._at_rest, self._resting, self._next_stage = tol * whole, False, _LATE * whole
+        self._begin(0.0, self._origin, self._atol)
+
+    def _begin(self, time: float, dual: np.ndarray, atol: float | np.ndarray, first: float | None = None) -> None:
+        """Integrate from here on, with a first step, in the coordinates (dual - origin) of the basis."""
+        self._origin, self._dense = dual, None
         self._solver = LSODA(
-            self._velocity, 0.0, np.zeros(len(y)), end, rtol=max(tol, 1e-13), atol=atol, jac=self._jacobian
-        )
-        self._integral, self._dense = 0.0, None  # of the loss up to the beginning of the solver's last step
-        start = self._residual(np.zeros(len(y)))
-        self._at_rest, self._resting = tol * float(np.linalg.norm(y) + np.linalg.norm(start)), False
+            lambda _, at: self._basis @ self._velocity(self._origin + at @ self._basis),
+            time, np.zeros(len(dual)), self._end, rtol=self._tol, atol=atol,
+            first_step=first, jac=lambda _, at: self._basis @ self._jacobian(self._origin + at @ self._basis) @ self._basis.T,
+        )  # fmt: skip
+
+    def _begin_late_stage(self) -> None:
+        """Go on where the residual has become small, each direction to the error that matters there.
+
+        Features that are still next to nothing move slowly, and the slower the less of the velocity there is above its
+        rounding; held to the first tolerance in these directions, the steps would end at about tol over rounding.
+        """
+        dual = self._origin + self._solver.y @ self._basis
+        rates, vectors = np.linalg.eigh(self._jacobian(dual))
+        speed = float(np.linalg.norm(self._velocity(dual)))
+        with np.errstate(divide="ignore"):
+            atol = np.clip(_SPEED_ERROR * speed / np.abs(rates), self._atol, max(_LOOSEST, self._atol))
+        self._basis = vectors.T
+        # LSODA's own guess is where it would be accurate, and its first method, an explicit one, not stable.
+        self._begin(self._solver.t, dual, atol, min(0.1 / float(np.abs(rates).max()), self._end - self._solver.t))
 
     def at(self, time: float) -> tuple[np.ndarray, float]:
         """X^T nu (D,) and the integral of the loss at a time."""
         while self._solver.t < time and not self._resting:
             if self._dense is not None:
                 self._integral += self._loss_over(self._solver.t_old, self._solver.t)
+                left = float(np.linalg.norm(self._residual(self._origin + self._solver.y @ self._basis)))
+                # What is left is below the tolerance, and rounding would make the solver's work grow with time.
+                self._resting = left <= self._at_rest
+                if self._resting:
+                    break
+                if left < self._next_stage:
+                    self._next_stage = left * _STAGE
+                    self._begin_late_stage()
             with np.errstate(over="ignore", invalid="ignore"):
                 message = self._solver.step()
             if self._solver.status == "failed":
                 raise RuntimeError(f"gradient flow: LSODA gave up at time {self._solver.t:g}: {message}")
             self._dense = self._solver.dense_output()
-            # What is left is below the tolerance, and rounding would make the solver's work grow with time.
-            self._resting = float(np.linalg.norm(self._residual(self._solver.y))) <= self._at_rest
-        if self._dense is None:
-            return np.zeros(self._x.shape[1]), 0.0
-        time = min(time, self._solver.t)
-        dual = self._solver.y if time == self._solver.t else self._dense(time)
-        return dual @ self._rows, self._integral + self._loss_over(self._solver.t_old, time)
+        if self._dense is None or self._resting:
+            return (self._origin + self._solver.y @ self._basis) @ self._rows, self._integral
+        at = self._solver.y if time == self._solver.t else self._dense(time)
+        integral = self._integral + self._loss_over(self._solver.t_old, time)
+        return (self._origin + at @ self._basis) @ self._rows, integral
 
     def _loss_over(self, start: float, stop: float) -> float:
         # The solver's own interpolant has its order; six nodes integrate its square without further error.
         half = (stop - start) / 2
-        residuals = self._residual(self._dense(start + half * (1 + _NODES)).T)
+        residuals = self._residual(self._origin + self._dense(start + half * (1 + _NODES)).T @ self._basis)
         return half * float(_WEIGHTS @ np.square(residuals).sum(-1)) / (2 * len(self._y))
 
     def _residual(self, dual: np.ndarray) -> np.ndarray:
@@ -124,10 +157,10 @@ class _Member:
         beta = np.sign(z) * np.exp(np.minimum(self._scale + size, _LARGEST_EXPONENT)) * (-np.expm1(-2 * size)) / 2
         return beta @ self._x.T - self._y
 
-    def _velocity(self, _time: float, dual: np.ndarray) -> np.ndarray:
+    def _velocity(self, dual: np.ndarray) -> np.ndarray:
         return self._residual(dual) * (-self._size / len(dual))
 
-    def _jacobian(self, _time: float, dual: np.ndarray) -> np.ndarray:
+    def _jacobian(self, dual: np.ndarray) -> np.ndarray:
         size = np.abs(2 * (dual @ self._rows) + self._shift)
         curve = np.exp(np.minimum(self._scale + size, _LARGEST_EXPONENT)) * (1 + np.exp(-2 * size)) / 2
         return (self._x * curve) @ self._rows.T * (-2 * self._size / len(dual))

@@ -78,7 +78,7 @@ class GradientFlow(PairOptimizer):
                 raise ValueError(f"times[{i}] = {after:g}: must be later than the one before, {before:g}")
         self.times: list[float] = values if values[0] == 0 else [0.0, *values]
         if len(self.times) < 2:
-            raise ValueError("times = [0]: needs a time after 0")
+            raise ValueError("times = [0]: must name a time after 0")
         self.tol = checks.positive("tol", tol)
         self.loss_integral: Tensor = torch.zeros(1, dtype=torch.float64)
         """Integral of the loss from time 0, (E,) once the first step is taken."""
