@@ -37,6 +37,7 @@ TAGS = {
     "gain_support_ratio": "gain/support_ratio",
     "sharpness": "curvature/sharpness",
     "effective_sharpness": "curvature/effective_sharpness",
+    "flow_sharpness": "curvature/flow_sharpness",
     "sharpness_residual": "curvature/sharpness_residual",
     **{f"sharpness_{place}": f"curvature/sharpness_{place}" for place in range(2, 21)},
     "smallest_eigenvalue": "curvature/smallest_eigenvalue",

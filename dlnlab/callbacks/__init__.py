@@ -1,6 +1,7 @@
 """What is measured during a fit, and who stops and shows it."""
 
 from dlnlab.callbacks.base import Measurement
+from dlnlab.callbacks.flow_sharpness import FlowSharpness
 from dlnlab.callbacks.gain import GainTracker
 from dlnlab.callbacks.gain_bounds import GainBounds
 from dlnlab.callbacks.gain_forecast import GainForecast
@@ -22,6 +23,7 @@ from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
 
 __all__ = [
+    "FlowSharpness",
     "GainBounds",
     "GainForecast",
     "GainFormula",

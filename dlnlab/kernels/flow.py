@@ -99,10 +99,11 @@ class _Member:
     def _begin(self, time: float, dual: np.ndarray, atol: float | np.ndarray, first: float | None = None) -> None:
         """Integrate from here on, with a first step, in the coordinates (dual - origin) of the basis."""
         self._origin, self._dense = dual, None
+        basis = self._basis
         self._solver = LSODA(
-            lambda _, at: self._basis @ self._velocity(self._origin + at @ self._basis),
-            time, np.zeros(len(dual)), self._end, rtol=self._tol, atol=atol,
-            first_step=first, jac=lambda _, at: self._basis @ self._jacobian(self._origin + at @ self._basis) @ self._basis.T,
+            lambda _, at: basis @ self._velocity(dual + at @ basis), time, np.zeros(len(dual)), self._end,
+            rtol=self._tol, atol=atol, first_step=first,
+            jac=lambda _, at: basis @ self._jacobian(dual + at @ basis) @ basis.T,
         )  # fmt: skip
 
     def _begin_late_stage(self) -> None:
