@@ -410,7 +410,9 @@ class Recorder(Callback):
         for name in order:
             if name in series and name != "status" and _is_curve(name, series[name][1]):
                 found = [_tag(name)] if name not in _UNDERFLOW else [f"{_tag(name)}_log10", _tag(name)]
-                tags, final = tags + found, [*final, found[0]]
+                tags = tags + found
+                if name not in INVARIANTS:  # they are rounding, whatever the hyperparameters
+                    final.append(found[0])
         if "status" in series:
             counts = [f"members/{status}" for status in results.STATUSES]
             tags, final = tags + counts, final + counts

@@ -17,6 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dlnlab import callbacks
 from dlnlab.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -328,7 +329,12 @@ values("guard", "must be a mapping", 3)
 values("guard.tol", "must be", -1, NAN, INF, "x")
 values("guard.bound", "must be", 0, None, NAN, INF, "x", HUGE)
 values("guard.every_n_steps", "must be", 0, None, 1.5, HUGE)
-CALLBACKS = "there are GainTracker, PredictorNorm, RunCheckpoint, SupportRecovery"
+CALLBACKS = "there are " + ", ".join(
+    name
+    for name in callbacks.__all__
+    if name == "RunCheckpoint"
+    or (issubclass(getattr(callbacks, name), callbacks.Measurement) and name != "Measurement")
+)
 case("callback-typo", ["trainer.callbacks: no class 'GainTrakcer'", CALLBACKS], callback("GainTrakcer"))
 case("callback-no-argument", "GainTracker has no argument 'x'", callback("GainTracker", x=1))
 case("callback-number", ["trainer.callbacks = 3", CALLBACKS], {"trainer.callbacks": [3]})

@@ -34,10 +34,8 @@ def run_directory(finished, cwd):
     return cwd / last.removeprefix("run: ")
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_record(
-    config, tmp_path, monkeypatch, capsys
-):
+def run_small(config, tmp_path, monkeypatch, capsys):
+    """A config's run with few steps, seeds and values of each axis: its directory, and those of its variants."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)  # its examples: plain modules that some configs train
     content = yaml.safe_load((ROOT / config).read_text())
@@ -47,18 +45,33 @@ def test_every_config_runs_draws_its_figures_and_can_be_run_again_from_its_own_r
             small = [*small, f"--ensemble.{axis}", str([found[0], found[-1]])]
     assert main(["fit", "--config", str(ROOT / config), *small]) == 0
     run = tmp_path / capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
-    assert run == tmp_path / "lightning_logs" / Path(config).stem / "version_0"
-    folders = [run, *(run / "variants" / name for name in content.get("variants", {}))]
+    return [run, *(run / "variants" / name for name in content.get("variants", {}))]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs_and_draws_its_figures(config, tmp_path, monkeypatch, capsys):
+    folders = run_small(config, tmp_path, monkeypatch, capsys)
+    assert folders[0] == tmp_path / "lightning_logs" / Path(config).stem / "version_0"
     for folder in folders:
         assert {path.name for path in folder.iterdir()} >= {"config.yaml", "versions.json", "results", "checkpoints"}
         assert (folder / "checkpoints" / "last.ckpt").exists()
-    assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".pdf", ".csv"}
+        assert 0 < int(dlnlab.load_results(folder).step[-1]) <= 30
+    assert {path.suffix for path in (folders[0] / "figures").iterdir()} == {".png", ".pdf", ".csv"}
+
+
+OFTEN = ("configs/quickstart.yaml", "configs/cohen2021/transformer.yaml", "configs/pesme2021/sgd_vs_gf.yaml")
+"""A single run, a plain module, and variants."""
+
+
+@pytest.mark.parametrize(
+    "config", [config if config in OFTEN else pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS]
+)
+def test_every_config_can_be_run_again_from_its_own_record(config, tmp_path, monkeypatch, capsys):
+    run, *variants = run_small(config, tmp_path, monkeypatch, capsys)
     assert main(["fit", "--config", str(run / "config.yaml")]) == 0
     again = tmp_path / capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
-    for folder in folders:
-        first, second = dlnlab.load_results(folder), dlnlab.load_results(again / folder.relative_to(run))
-        assert 0 < int(first.step[-1]) <= 30
-        assert first.equals(second)
+    for folder in (run, *variants):
+        assert dlnlab.load_results(folder).equals(dlnlab.load_results(again / folder.relative_to(run)))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

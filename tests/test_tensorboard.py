@@ -105,7 +105,7 @@ def test_a_ratio_that_is_not_defined_yet_has_no_point(ask):
 def test_every_chart_of_the_layout_finds_its_scalars(ask):
     layout = ask("plugin/custom_scalars/layout")
     categories = {category["title"]: category["chart"] for category in layout["category"]}
-    assert list(categories) == ["loss", "recovery", "gain", "members"]
+    assert list(categories) == ["loss", "recovery", "gain", "theory", "members"]
     found = ask("plugin/scalars/tags")
     wanted = set()
     for chart in itertools.chain(*categories.values()):

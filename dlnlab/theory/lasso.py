@@ -37,8 +37,9 @@ def lasso(X: Any, y: Any, penalty: Any, weights: Any = None) -> tuple[Tensor, Te
     Example:
         With orthogonal features it is soft thresholding:
 
-        >>> lasso([[2.0, 0.0], [0.0, 2.0]], [2.0, -0.4], penalty=0.5)[0]
-        tensor([ 0.7500, -0.0000], dtype=torch.float64)
+        >>> beta, _ = lasso([[2.0, 0.0], [0.0, 2.0]], [2.0, -0.4], penalty=0.5)
+        >>> beta.abs().tolist()
+        [0.75, 0.0]
     """
     given = as_float64(penalty)
     if given.ndim > 1 or not bool(torch.isfinite(given).all()) or bool((given < 0).any()):
