@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, last, log_axis, panels, quantiles, value_label
+from dlnlab.figures.base import (
+    SMALL_FONT_SIZE,
+    Canvas,
+    Figure,
+    colours,
+    last,
+    legend,
+    log_axis,
+    panels,
+    quantiles,
+    value_label,
+)
 
 
 class AxisFigure(Figure):
@@ -110,8 +121,7 @@ class AxisFigure(Figure):
         axes[-1].set_xticks(range(len(ticks)), ticks)
         axes[-1].set_xlabel(self.axis.replace("_", " "))
         handles: list[Any] = axes[0].get_legend_handles_labels()[0]
-        figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
-                      handlelength=1.8, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+        legend(figure, handles, 2)
         return figure
 
 

@@ -19,6 +19,7 @@ from dlnlab.figures.base import (
     colours,
     final,
     finite,
+    legend,
     log_axis,
     members_only,
     panels,
@@ -144,10 +145,7 @@ class CurveFigure(Figure):
             log_axis(axes[-1].xaxis, *_ends(table[self.x][table[self.x] > 0]))
         axes[-1].set_xlabel(self._text(self.x))
         figure.align_ylabels(axes)
-        if handles:
-            figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False,
-                          fontsize=SMALL_FONT_SIZE, handlelength=1.8, columnspacing=1.2, labelspacing=0.25,
-                          borderaxespad=0.1)  # fmt: skip
+        legend(figure, handles, columns)
         return figure
 
     # The numbers ------------------------------------------------------------------------------------------------------

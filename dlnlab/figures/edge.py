@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels
+from dlnlab.figures.base import GREY, Canvas, Figure, colours, legend, log_axis, panels
 
 _EFFECTIVE = {
     "sharpness": "effective_sharpness",
@@ -117,9 +117,8 @@ class EdgeFigure(Figure):
             log_axis(axes[-1].xaxis, 1, 1 + table["step"].max())
         figure.align_ylabels(axes)
         if len(names) > 1:
-            handles, labels = axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
-                          handlelength=1.8, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+            handles: list[Any] = axes[0].get_legend_handles_labels()[0]
+            legend(figure, handles, 2)
         return figure
 
     @staticmethod

@@ -8,7 +8,18 @@ from matplotlib.lines import Line2D
 
 from dlnlab import checks
 from dlnlab.figures.axis import _words
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, last, log_axis, panels, value_label
+from dlnlab.figures.base import (
+    GREY,
+    SMALL_FONT_SIZE,
+    Canvas,
+    Figure,
+    colours,
+    last,
+    legend,
+    log_axis,
+    panels,
+    value_label,
+)
 
 _MOST_KEYS, _FEWEST = 6, 4
 
@@ -121,9 +132,7 @@ class ScatterFigure(Figure):
         log_axis(axes[-1].xaxis, *ends)
         axes[-1].set_xlabel(_words(self.x))
         figure.align_ylabels(axes)
-        if handles:
-            figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=SMALL_FONT_SIZE,
-                          handlelength=1.4, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+        legend(figure, handles, 3)
         return figure
 
     def _correlations(self, table: dict[str, np.ndarray], name: str, kinds: list[Any]) -> str:

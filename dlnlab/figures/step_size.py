@@ -22,6 +22,7 @@ from dlnlab.figures.base import (
     final,
     finite,
     last,
+    legend,
     log_axis,
     lr_label,
     panels,
@@ -155,9 +156,7 @@ class StepSizeFigure(Figure):
         else:
             axes[-1].set_xlabel(rf"step size $\gamma$ / {EDGES.get(self.over, self.over)}")
         figure.align_ylabels(axes)
-        if handles:
-            figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
-                          handlelength=1.8, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+        legend(figure, handles, 2)
         return figure
 
     def _quantities(self, dataset: xr.Dataset) -> list[str]:

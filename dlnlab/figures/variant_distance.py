@@ -9,11 +9,11 @@ from matplotlib.lines import Line2D
 from dlnlab import checks
 from dlnlab.figures.base import (
     GREY,
-    SMALL_FONT_SIZE,
     Canvas,
     Figure,
     colours,
     last,
+    legend,
     log_axis,
     lr_label,
     panels,
@@ -133,8 +133,7 @@ class VariantDistanceFigure(Figure):
         log_axis(panel.xaxis, table["lr"].min(), table["lr"].max())
         panel.set_xlabel(lr_label(dataset))
         panel.set_ylabel(f"distance to the end of {self.variant}\nrelative to its norm")
-        figure.legend(handles=handles, loc="outside upper center", frameon=False, fontsize=SMALL_FONT_SIZE,
-                      handlelength=1.8, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+        legend(figure, handles, 1)
         return figure
 
 
