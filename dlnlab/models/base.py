@@ -31,6 +31,7 @@ callback has announced; `trainer.global_step` is true at every event, and no res
 
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -117,6 +118,9 @@ class LinearNetwork(LightningModule):
 
     axes: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "batch_size", "sampling", "label_noise")
     """The hyperparameters that may be axes of the ensemble. A subclass adds its own."""
+
+    dims: ClassVar[dict[str, list[str]]] = {}
+    """Names of its variables' trailing dimensions, where they are not `coordinate` or `row` and `column`."""
 
     closed_form_optimizers: ClassVar[tuple[type[Optimizer], ...]] = (GainSGD,)
     """The optimizers whose steps `advance_closed_form` takes, where there is one."""
@@ -789,6 +793,12 @@ _FLOWS = (GradientFlow, StochasticGradientFlow)
 
 _LAW = ("predictor", "losses", "training_step", "batches")
 """Methods that a closed form stands for: a subclass with its own takes the generic path."""
+
+
+def num_threads() -> int:
+    """Threads that share the members: what OMP_NUM_THREADS says, else every processor this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def stack_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:

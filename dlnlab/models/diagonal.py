@@ -1,6 +1,5 @@
 """The diagonal linear network, x -> <u*v, x>."""
 
-import os
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +9,7 @@ from torch.nn import Parameter
 
 from dlnlab import checks, kernels, streams, theory
 from dlnlab.kernels import DualFlow, Factors, diagonal_steps
-from dlnlab.models.base import Guard, LinearNetwork, stack_records
+from dlnlab.models.base import Guard, LinearNetwork, num_threads, stack_records
 from dlnlab.models.batch import Batch, Layout
 from dlnlab.optim import GainSGD, GradientFlow, StochasticGradientFlow
 
@@ -234,7 +233,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         records = kernels.Records.allocate(record_steps, factors, everything)
         taken = self.kernel.advance(
             factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
-            start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
+            start + k, self.status, self.stopped_at, rule, records, num_threads=num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
@@ -368,12 +367,6 @@ _OF_FACTORS = {
     "mirror_error": Factors.mirror_error,
     "gain_sandwich_error": Factors.gain_sandwich_error,
 }
-
-
-def _num_threads() -> int:
-    """Threads that share the members: what OMP_NUM_THREADS says, else every processor this process may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor:
