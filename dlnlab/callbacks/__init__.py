@@ -9,17 +9,20 @@ from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
+from dlnlab.callbacks.shallow_theory import LyapunovExponent, ShallowTheory
 from dlnlab.recorder import Recorder
 
 __all__ = [
     "GainTracker",
     "ImplicitBias",
     "Interruption",
+    "LyapunovExponent",
     "Measurement",
     "MemberGuard",
     "MemberProgress",
     "PredictorNorm",
     "Recorder",
     "RunCheckpoint",
+    "ShallowTheory",
     "SupportRecovery",
 ]
