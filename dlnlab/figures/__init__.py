@@ -1,9 +1,29 @@
 """Recorded results -> figures."""
 
+from dlnlab.figures.axis import AxisFigure
 from dlnlab.figures.base import Figure
+from dlnlab.figures.coordinate import CoordinateFigure
+from dlnlab.figures.coordinate_paths import CoordinatePathsFigure
+from dlnlab.figures.coordinates import CoordinatesFigure
+from dlnlab.figures.curve import CurveFigure
+from dlnlab.figures.edge import EdgeFigure
+from dlnlab.figures.final_value import FinalValueFigure
+from dlnlab.figures.oscillation import OscillationFigure
+from dlnlab.figures.scatter import ScatterFigure
 from dlnlab.figures.step_size import StepSizeFigure
+from dlnlab.figures.variant_distance import VariantDistanceFigure
 
 __all__ = [
+    "AxisFigure",
+    "CoordinateFigure",
+    "CoordinatePathsFigure",
+    "CoordinatesFigure",
+    "CurveFigure",
+    "EdgeFigure",
     "Figure",
+    "FinalValueFigure",
+    "OscillationFigure",
+    "ScatterFigure",
     "StepSizeFigure",
+    "VariantDistanceFigure",
 ]

@@ -22,8 +22,10 @@ thread, need no display, and never change how a person's own plots look.
 import csv
 import io
 import re
+from collections.abc import Collection
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -38,6 +40,8 @@ from dlnlab.files import write_atomic
 
 COLUMN_WIDTH = 3.4
 """Inches of a column of a two-column paper."""
+PAGE_WIDTH = 7.0
+"""Inches of both."""
 FONT_SIZE = 8.0
 SMALL_FONT_SIZE = 7.0
 GREY = "#6e6e6e"
@@ -132,21 +136,28 @@ class Figure:
 # The style -----------------------------------------------------------------------------------------------------------
 
 
-def panels(count: int, height: float = 1.7, header: float = 0.0) -> tuple[Canvas, list[Axes]]:
-    """An empty figure of a column's width: panels one above the other that share their x-axis.
+def panels(
+    count: int, height: float = 1.7, header: float = 0.0, columns: int = 1, sharey: bool = False
+) -> tuple[Canvas, list[Axes]]:
+    """An empty figure of a column's width, or a page's if it has several columns: panels that share their x-axis.
 
     Args:
-        count: How many panels.
+        count: How many rows of panels, one above the other.
         height: Inches of each, its part of the labels included.
         header: Further inches at the top, for a legend.
+        columns: How many panels a row has.
+        sharey: Whether the panels of a row share their y-axis.
 
     Returns:
-        The figure, with a canvas of its own and its layout kept free of overlaps, and its panels from the top.
+        The figure, with a canvas of its own and its layout kept free of overlaps, and its panels from the top, row by
+        row.
     """
-    figure = Canvas(figsize=(COLUMN_WIDTH, count * height + header + 0.3), dpi=_DPI, layout="constrained")
+    width = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
+    figure = Canvas(figsize=(width, count * height + header + 0.3), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.02)
-    axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    grid = figure.subplots(count, columns, sharex=True, sharey="row" if sharey else False, squeeze=False)
+    axes = list(grid.ravel())
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set(linewidth=0.6, color=_INK)
@@ -156,6 +167,20 @@ def panels(count: int, height: float = 1.7, header: float = 0.0) -> tuple[Canvas
         for axis in (panel.xaxis, panel.yaxis):
             axis.label.set(fontsize=FONT_SIZE, color=_INK)
     return figure, axes
+
+
+def legend(figure: Canvas, handles: list[Any], columns: int) -> None:
+    """A legend above the panels.
+
+    Args:
+        figure: The figure.
+        handles: Its entries; with none, no legend is made.
+        columns: How many entries stand side by side.
+    """
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False,
+                      fontsize=SMALL_FONT_SIZE, handlelength=1.8, columnspacing=1.2, labelspacing=0.25,
+                      borderaxespad=0.1)  # fmt: skip
 
 
 def colours(count: int) -> list[Any]:
@@ -231,6 +256,124 @@ def quantiles(values: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         found = np.quantile(values, levels, axis=-1)
     return np.where(np.isnan(found), np.quantile(values, levels, axis=-1, method="higher"), found)
+
+
+# The numbers ---------------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """The members that differ in their seed alone."""
+
+    words: dict[str, str]
+    """What tells it from others, by axis; `variant` where it is one."""
+    values: dict[str, Any]
+    """Its value on each axis; `variant` ("" for the run itself) where there are variants."""
+    data: xr.Dataset
+    """Its results, with `seed` as the first dimension."""
+
+    def label(self, without: str | None = None) -> str:
+        """The words, for a legend, but for those of one axis (a panel's title says them)."""
+        return ", ".join(words for axis, words in self.words.items() if axis != without and words)
+
+
+def cells(dataset: xr.Dataset, variants: dict[str, xr.Dataset], apart: Collection[str] = ()) -> list[Cell]:
+    """A run and its variants, divided into cells.
+
+    Args:
+        dataset: A run's results.
+        variants: Those of its variants.
+        apart: Axes that stay dimensions of the cells (`lr`).
+
+    Returns:
+        The cells, in the order of the axes; those of variants behind the run's. An axis of one value is not worth words,
+        but for the batch size.
+    """
+    found = []
+    for variant, data in {"": dataset, **variants}.items():
+        kept = ("seed", "step", *(axis for axis in apart if axis in data.dims))
+        data = data if "seed" in data.dims else data.expand_dims(seed=[0])
+        axes = [axis for axis in data["status"].dims if axis not in kept]
+        for combination in product(*(data[axis].values for axis in axes)):
+            values = dict(zip(axes, combination, strict=True))
+            said = {axis: value for axis, value in values.items() if data.sizes[axis] > 1 or axis == "batch_size"}
+            words = {"variant": variant.replace("_", " ")} if variants else {}
+            words |= {axis: value_label(axis, value, data) for axis, value in said.items()}
+            found.append(
+                Cell(
+                    words,
+                    {"variant": variant, **values} if variants else values,
+                    data.sel(values).transpose("seed", ...),
+                )
+            )
+    return found
+
+
+def value_label(axis: str, value: Any, data: xr.Dataset | None = None) -> str:
+    """An axis's value in words, `SGD, batch 1` or `init scale 0.1`; the unit of lr is the data's."""
+    if axis == "variant":
+        return str(value).replace("_", " ")
+    if axis == "batch_size":
+        return "GD (full batch)" if value == "full" else f"SGD, batch {value}"
+    if axis == "lr":
+        unit = {"one": "", "max_row": r"$/\max_i |x_i|^2$"}.get(
+            "one" if data is None else data.attrs.get("lr_unit", "one"), " edge"
+        )
+        return rf"$\gamma$ = {value:.3g}{unit}"
+    words = axis.replace("_", " ")
+    return value.replace("_", " ") if isinstance(value, str) else f"{words} {value:g}"
+
+
+def last(array: xr.DataArray) -> xr.DataArray:
+    """What was recorded last of a variable.
+
+    At a step at which only others were recorded, a number is NaN and a text empty.
+    """
+    if "step" not in array.dims:
+        return array
+    recorded = array != "" if array.dtype.kind in "OU" else array.notnull()
+    steps = np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))
+    return array.isel(step=int(steps[-1]) if len(steps) else -1)  # -1: it was defined for no member at any step
+
+
+def final(data: xr.Dataset, quantity: str) -> xr.DataArray:
+    """What was recorded last of a variable, infinite for diverged members.
+
+    The guard takes them back to their last finite state, so what was kept of them looks harmless.
+    """
+    members_only(data, quantity)
+    return last(data[quantity]).where(last(data["status"]) != "diverged", np.inf)
+
+
+def members_only(data: xr.Dataset, quantity: str) -> None:
+    """Raise ValueError if a variable has more than one number per member."""
+    if trailing := [str(dim) for dim in data[quantity].dims if dim not in data["status"].dims]:
+        raise ValueError(f"figures: {quantity!r} must be one number per member, not one per {', '.join(trailing)}")
+
+
+def lr_label(dataset: xr.Dataset) -> str:
+    """The step size with its unit, for an axis."""
+    unit = _UNITS.get(dataset.attrs.get("lr_unit", "one"), dataset.attrs.get("lr_unit"))
+    return rf"step size $\gamma$ {unit}".rstrip()
+
+
+EDGES = {
+    "flow_edge": "(2/sharpness at the flow's end)",
+    "mean_square_edge": "own edge (GD: 2/sharpness)",
+}
+"""Step sizes that others are measured by, in words."""
+_UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$"} | {name: f"/ {words}" for name, words in EDGES.items()}
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Those of some numbers that are finite.
+
+    Args:
+        values: Numbers of any shape.
+
+    Returns:
+        The finite ones (n,).
+    """
+    return values[np.isfinite(values)]
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """StepSizeFigure: where does training end, as a function of the step size?"""
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,23 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Figure, colours, log_axis, panels, power_of_ten, quantiles
+from dlnlab.figures.base import (
+    EDGES,
+    GREY,
+    SMALL_FONT_SIZE,
+    Cell,
+    Figure,
+    cells,
+    colours,
+    final,
+    finite,
+    last,
+    log_axis,
+    lr_label,
+    panels,
+    power_of_ten,
+    quantiles,
+)
 
 DEFAULT_QUANTITIES = ("distance", "test_loss")
 LEVELS = {"gradient_flow": "gradient flow", "min_l2": r"minimum $\ell_2$"}
@@ -37,6 +52,10 @@ class StepSizeFigure(Figure):
     members that oscillate at the edge of stability keep a loss of its first order). Without train_loss only the status
     counts. Between the two lines neither half of the seeds converges nor half has diverged.
 
+    `over` measures step sizes by an edge of each member's own problem instead, so that one instance's edge is not smeared
+    over another's safe zone: members are gathered in bins of step_size/edge as wide as the grid's median ratio, one of
+    which ends at 1, where a thin line stands.
+
     Horizontal lines are levels to compare with: the medians of the variables `<quantity>_gradient_flow` and
     `<quantity>_min_l2`, where there are any, and of variants without an `lr` axis. Variants with one are further lines.
 
@@ -44,18 +63,26 @@ class StepSizeFigure(Figure):
         quantities: Variables with one number per member, a panel each; None is those of distance and test_loss that
             are recorded.
         settled: A running member converges if train_loss has fallen below this part of its value at step 0.
+        over: A recorded variable, one number per member, that the step sizes are divided by: `flow_edge`.
         name: The files' name without suffix; None is `step_size_figure`.
 
     Raises:
         ValueError: If quantities is empty or settled is not positive.
     """
 
-    def __init__(self, quantities: list[str] | None = None, settled: float = 0.01, name: str | None = None) -> None:
+    def __init__(
+        self,
+        quantities: list[str] | None = None,
+        settled: float = 0.01,
+        over: str | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name)
         if quantities is not None and not quantities:
             raise ValueError("StepSizeFigure.quantities = []: must name at least one variable")
         self.quantities = quantities
         self.settled = checks.positive("StepSizeFigure.settled", settled)
+        self.over = over
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
         """Raise ValueError if there is no `lr` axis or a quantity is missing; of the default ones, if both are."""
@@ -68,28 +95,30 @@ class StepSizeFigure(Figure):
         for quantity in self.quantities or ():
             if quantity not in variables:
                 raise ValueError(f"StepSizeFigure.quantities: {quantity!r} is not recorded; recorded: {recorded}")
+        if self.over is not None and self.over not in variables:
+            raise ValueError(f"StepSizeFigure.over: {self.over!r} is not recorded; recorded: {recorded}")
 
     def table(self, dataset: xr.Dataset, **variants: xr.Dataset) -> dict[str, np.ndarray]:
-        """The plotted numbers, a row for each line and step size.
+        """The plotted numbers, a row for each line and step size (or bin of step sizes).
 
         Args:
             dataset: A run's results.
             **variants: Those of its variants.
 
         Returns:
-            `line` (its label), its axes, `lr`; for each quantity the median `<quantity>`, `<quantity>_p10` and
-            `<quantity>_p90`, infinite where they are lost to divergence; the number of `members` and how many are
-            `converging` and `diverged`; the positions `largest_converging_lr` and `smallest_diverging_lr` of the
-            vertical lines, NaN where there is none; and the horizontal levels, `<quantity>_<level>`.
+            `line` (its label), its axes, `lr` (over an edge: `lr_over_<edge>`, the bin's middle); for each quantity
+            the median `<quantity>`, `<quantity>_p10` and `<quantity>_p90`, infinite where they are lost to divergence;
+            the number of `members` and how many are `converging` and `diverged`; the positions `largest_converging_lr`
+            and `smallest_diverging_lr` of the vertical lines, NaN where there is none; and the horizontal levels,
+            `<quantity>_<level>`.
 
         Raises:
             ValueError: If there is no `lr` axis or a quantity is missing or has no single number per member.
         """
         rows: list[dict[str, Any]] = []
         quantities = self._quantities(dataset)
-        for variant, data in {"": dataset, **variants}.items():
-            if "lr" in data.dims:
-                rows += _rows(variant, data, [name for name in quantities if name in data], self.settled)
+        for cell in cells(dataset, {name: data for name, data in variants.items() if "lr" in data.dims}, apart=["lr"]):
+            rows += self._rows(cell, [name for name in quantities if name in cell.data])
         for quantity in quantities:
             for level, value in _levels(quantity, dataset, variants).items():
                 rows = [{**row, f"{quantity}_{level}": value} for row in rows]
@@ -113,13 +142,18 @@ class StepSizeFigure(Figure):
         names = list(dict.fromkeys(table["line"].tolist()))
         colour = dict(zip(names, colours(len(names)), strict=True))
         lines = {name: {key: column[table["line"] == name] for key, column in table.items()} for name in names}
-        handles = _legend(lines, colour, quantities)
+        handles = _legend(lines, colour, quantities, "seeds" if self.over is None else "members")
         figure, axes = panels(len(quantities), header=0.14 * -(-len(handles) // 2))
         for panel, quantity in zip(axes, quantities, strict=True):
             levels = {name: table[f"{quantity}_{name}"][0] for name in _levels(quantity, dataset, variants)}
-            _draw_panel(panel, quantity, lines, colour, levels)
-        log_axis(axes[-1].xaxis, table["lr"].min(), table["lr"].max())
-        axes[-1].set_xlabel(_x_label(dataset))
+            _draw_panel(panel, quantity, lines, colour, levels, self._x)
+            if self.over is not None:
+                panel.axvline(1, color=GREY, linewidth=0.7, zorder=0.5)
+        log_axis(axes[-1].xaxis, table[self._x].min(), table[self._x].max())
+        if self.over is None:
+            axes[-1].set_xlabel(lr_label(dataset))
+        else:
+            axes[-1].set_xlabel(rf"step size $\gamma$ / {EDGES.get(self.over, self.over)}")
         figure.align_ylabels(axes)
         if handles:
             figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
@@ -130,81 +164,76 @@ class StepSizeFigure(Figure):
         self.check({str(name) for name in dataset.data_vars}, {str(axis): [] for axis in dataset.dims})
         return self.quantities or [name for name in DEFAULT_QUANTITIES if name in dataset]
 
+    @property
+    def _x(self) -> str:
+        return "lr" if self.over is None else f"lr_over_{self.over}"
 
-# The numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _last(array: xr.DataArray) -> xr.DataArray:
-    # At a step at which others were recorded and it was not, a number is NaN and a text empty.
-    if "step" not in array.dims:
-        return array
-    if trailing := array.dims[array.dims.index("step") + 1 :]:
-        raise ValueError(
-            f"StepSizeFigure.quantities: {array.name!r} must be one number per member, not one per {trailing}"
-        )
-    recorded = array != "" if array.dtype.kind in "OU" else array.notnull()
-    return array.isel(step=int(np.flatnonzero(recorded.any([dim for dim in array.dims if dim != "step"]))[-1]))
-
-
-def _final(data: xr.Dataset, quantity: str) -> xr.DataArray:
-    # The guard takes diverged members back to their last finite state, so their values look harmless.
-    return _last(data[quantity]).where(_last(data["status"]) != "diverged", np.inf)
-
-
-def _rows(variant: str, data: xr.Dataset, quantities: list[str], settled: float) -> list[dict[str, Any]]:
-    status = _last(data["status"])
-    converging = status == "converged"
-    if "train_loss" in data:
-        converging |= (status == "running") & (_last(data["train_loss"]) <= settled * data["train_loss"].isel(step=0))
-    members = xr.Dataset({name: _final(data, name) for name in quantities})
-    members = members.assign(converging=converging, diverged=status == "diverged").sortby("lr")
-    if "seed" not in members.dims:
-        members = members.expand_dims("seed")
-    axes = [axis for axis in status.dims if axis not in ("lr", "seed")]
-    rows = []
-    for values in product(*(members[axis].values for axis in axes)):
-        cell = members.sel(dict(zip(axes, values, strict=True))).transpose("lr", "seed")
-        lr, size = cell.lr.values, cell.sizes["seed"]
-        counts = {name: cell[name].values.sum(1) for name in ("converging", "diverged")}
+    def _rows(self, cell: Cell, quantities: list[str]) -> list[dict[str, Any]]:
+        data = cell.data
+        status = last(data["status"])
+        converging = status == "converged"
+        if "train_loss" in data:
+            settled = last(data["train_loss"]) <= self.settled * data["train_loss"].isel(step=0)
+            converging |= (status == "running") & settled
+        members = {name: final(data, name) for name in quantities}
+        members |= {"converging": converging, "diverged": status == "diverged"}
+        members = xr.Dataset(members).transpose("seed", "lr")
+        lr, place = self._places(data, members)
+        counts = {
+            name: np.array([members[name].values[at].sum() for at in place]) for name in ("converging", "diverged")
+        }
+        size = np.array([at.sum() for at in place])
         converges, diverges = lr[2 * counts["converging"] >= size], lr[2 * counts["diverged"] >= size]
-        columns: dict[str, Any] = {"lr": lr}
+        columns: dict[str, Any] = {self._x: lr}
         for name in quantities:
-            low, columns[name], high = quantiles(cell[name].values, (0.1, 0.5, 0.9))
-            columns |= {f"{name}_p10": low, f"{name}_p90": high}
-        columns |= {"members": np.full(len(lr), size), **counts}
+            found = np.stack([quantiles(members[name].values[at], (0.1, 0.5, 0.9)) for at in place], -1)
+            columns |= {name: found[1], f"{name}_p10": found[0], f"{name}_p90": found[2]}
+        columns |= {"members": size, **counts}
         stops = converges[-1] if len(converges) and converges[-1] < lr[-1] else np.nan
         columns["largest_converging_lr"] = np.full(len(lr), stops)
         columns["smallest_diverging_lr"] = np.full(len(lr), diverges[0] if len(diverges) else np.nan)
-        axis_values = dict(zip(axes, values, strict=True))
-        label = ", ".join(filter(None, [variant, *(_value_label(axis, value) for axis, value in axis_values.items())]))
-        rows += [
-            {"line": label, **axis_values, **{key: column[i] for key, column in columns.items()}}
+        values = {axis: value for axis, value in cell.values.items() if axis != "variant"}
+        return [
+            {"line": cell.label(), **values, **{key: column[i] for key, column in columns.items()}}
             for i in range(len(lr))
         ]
-    return rows
+
+    def _places(self, data: xr.Dataset, members: xr.Dataset) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Ascending positions, and which members (seed, lr) belong to each."""
+        shape = tuple(members.sizes[axis] for axis in ("seed", "lr"))
+        values = members["lr"].values
+        if self.over is None:
+            positions = np.sort(values)
+            return positions, [np.broadcast_to(values == lr, shape) for lr in positions]
+        ratios = (data["step_size"] / last(data[self.over])).transpose("seed", "lr").values
+        # A grid of one step size has no ratio; a third of a decade stands for it.
+        width = np.median(np.diff(np.sort(np.log(values)))) if len(values) > 1 else np.log(10) / 3
+        # Half a bin from 1, so that no bin holds members on both sides of the edge.
+        bins = np.ceil(np.log(ratios) / width)
+        numbers = np.unique(bins)
+        return np.exp((numbers - 0.5) * width), [bins == number for number in numbers]
 
 
-def _value_label(axis: str, value: Any) -> str:
-    if axis == "batch_size":
-        return "GD (full batch)" if value == "full" else f"SGD, batch {value}"
-    return f"{axis.replace('_', ' ')} {value}" if isinstance(value, str) else f"{axis.replace('_', ' ')} {value:g}"
+# The numbers ---------------------------------------------------------------------------------------------------------
 
 
 def _levels(quantity: str, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> dict[str, float]:
     found = {level: dataset[f"{quantity}_{level}"] for level in LEVELS if f"{quantity}_{level}" in dataset}
     ends = {name: data for name, data in variants.items() if "lr" not in data.dims and quantity in data}
-    found |= {name: _final(data, quantity) for name, data in ends.items()}
-    medians = {level: float(quantiles(_last(array).values.ravel(), (0.5,))[0]) for level, array in found.items()}
+    found |= {name: final(data, quantity) for name, data in ends.items()}
+    medians = {level: float(quantiles(last(array).values.ravel(), (0.5,))[0]) for level, array in found.items()}
     return {level: median for level, median in medians.items() if np.isfinite(median)}
 
 
 # The drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_panel(panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any], levels: dict[str, float]) -> None:
+def _draw_panel(
+    panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any], levels: dict[str, float], x: str
+) -> None:
     drawn = [line[key] for line in lines.values() for key in (quantity, f"{quantity}_p10")]
-    drawn = _finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
-    tops = _finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
+    drawn = finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
+    tops = finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
     positive = np.concatenate([drawn, tops])[np.concatenate([drawn, tops]) > 0]
     smallest = positive.min() if len(positive) else 1.0
     label = quantity.replace("_", " ")
@@ -220,11 +249,11 @@ def _draw_panel(panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any]
         low, high = (np.clip(line[f"{quantity}_{edge}"], floor, ceiling) for edge in ("p10", "p90"))
         exists = np.isfinite(line[f"{quantity}_p10"])
         if len(exists) > 1:
-            panel.fill_between(line["lr"], low, high, where=exists, color=colour[name], alpha=shade, linewidth=0)
+            panel.fill_between(line[x], low, high, where=exists, color=colour[name], alpha=shade, linewidth=0)
         else:
-            panel.vlines(line["lr"][exists], low[exists], high[exists], color=colour[name], alpha=0.4, linewidth=2)
+            panel.vlines(line[x][exists], low[exists], high[exists], color=colour[name], alpha=0.4, linewidth=2)
         median = np.where(np.isfinite(line[quantity]), np.maximum(line[quantity], floor), np.nan)
-        panel.plot(line["lr"], median, color=colour[name], linewidth=1.1, marker="o", markersize=2, zorder=3)
+        panel.plot(line[x], median, color=colour[name], linewidth=1.1, marker="o", markersize=2, zorder=3)
         for key, style in (("largest_converging_lr", "--"), ("smallest_diverging_lr", ":")):
             if np.isfinite(line[key][0]):
                 panel.axvline(line[key][0], color=colour[name], linestyle=style, linewidth=0.9, zorder=1)
@@ -238,11 +267,7 @@ def _draw_panel(panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any]
                        path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
-
-
-def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str]) -> list[Any]:
+def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str], members: str) -> list[Any]:
     names, keys = [], []
     for name, line in lines.items():
         lost = all(np.isposinf(line[quantity]).all() for quantity in quantities)
@@ -256,15 +281,7 @@ def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str]) -> list
             keys.append(Line2D([], [], color=GREY, linestyle=style, linewidth=0.9, label=label))
     size = max(line["members"].max() for line in lines.values())
     if size > 1:
-        keys.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size} seeds"))
+        keys.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size} {members}"))
     # Two columns are filled one after the other: blanks keep the lines in the left one.
     blanks = [Line2D([], [], alpha=0, label=" ")] * (len(keys) - len(names) if names else 0)
     return names + blanks + keys
-
-
-_UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$"}
-
-
-def _x_label(dataset: xr.Dataset) -> str:
-    unit = _UNITS.get(dataset.attrs.get("lr_unit", "one"), dataset.attrs.get("lr_unit"))
-    return rf"step size $\gamma$ {unit}".rstrip()

@@ -1,0 +1,157 @@
+"""EdgeFigure: the loss and the curvature over training, beside the edge of stability."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from dlnlab import checks
+from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, panels
+
+_EFFECTIVE = {
+    "sharpness": "effective_sharpness",
+    "preconditioned_sharpness": "effective_sharpness",
+    "batch_sharpness": "effective_batch_sharpness",
+    "critical_sharpness": "effective_critical_sharpness",
+}
+
+
+class EdgeFigure(Figure):
+    """Training loss and curvature against the optimizer step, one line per variant, or per combination of axes but seed.
+
+    One panel for the loss and one for each quantity: the median over the seeds that do not diverge; a combination of which
+    half do is left out. The edge of stability
+    is dashed in the line's colour: 2/lr for gradient descent, and for every optimizer whatever the effective quantity says
+    it is (2 x quantity/effective); quantities that begin with `effective_` have theirs at 2.
+
+    Args:
+        quantities: Recorded variables with one number per member.
+        log_steps: A logarithmic axis of 1 + step.
+        name: The files' name without suffix; None is `edge_figure`.
+
+    Raises:
+        ValueError: If quantities is empty.
+
+    Reference:
+        cohen2021 (loss and sharpness with the line 2/lr).
+    """
+
+    def __init__(self, quantities: list[str] | None = None, log_steps: bool = False, name: str | None = None) -> None:
+        super().__init__(name)
+        if quantities is not None and not quantities:
+            raise ValueError("EdgeFigure.quantities = []: must name at least one variable")
+        self.quantities = ["sharpness"] if quantities is None else quantities
+        self.log_steps = checks.flag("EdgeFigure.log_steps", log_steps)
+
+    def check(self, variables: set[str], axes: dict[str, list]) -> None:
+        """Raise ValueError where a quantity is not recorded."""
+        del axes
+        for quantity in self.quantities:
+            if quantity not in variables:
+                recorded = ", ".join(sorted(variables)) or "nothing"
+                raise ValueError(f"EdgeFigure.quantities: {quantity!r} is not recorded; recorded: {recorded}")
+
+    def table(self, dataset: xr.Dataset, **variants: xr.Dataset) -> dict[str, np.ndarray]:
+        """The plotted numbers, a row for each line and step.
+
+        Args:
+            dataset: A run's results.
+            **variants: Those of its variants.
+
+        Returns:
+            `line` (its label), `step`, `train_loss`, each quantity and its `<quantity>_edge`; NaN where one was not
+            recorded.
+
+        Raises:
+            ValueError: If a quantity is missing.
+        """
+        self.check({str(name) for name in dataset.data_vars}, {})
+        rows = []
+        for variant, data in {"": dataset, **variants}.items():
+            for label, cell in _cells(data):
+                columns = {name: _median(cell, name) for name in ("train_loss", *self.quantities)}
+                for quantity in self.quantities:
+                    columns[f"{quantity}_edge"] = self._edge(cell, quantity)
+                steps = cell.step.values
+                name = ", ".join(filter(None, [variant, label])) or "main"
+                rows += [{"line": name, "step": int(step), **{key: column[i] for key, column in columns.items()}}
+                         for i, step in enumerate(steps)]  # fmt: skip
+        return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+    def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
+        """Draw the table.
+
+        Args:
+            dataset: A run's results.
+            **variants: Those of its variants.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ValueError: As `table`.
+        """
+        table = self.table(dataset, **variants)
+        names = list(dict.fromkeys(table["line"].tolist()))
+        figure, axes = panels(1 + len(self.quantities), header=0.14 * -(-len(names) // 2) if len(names) > 1 else 0.0)
+        for name, colour in zip(names, colours(len(names)), strict=True):
+            line = table["line"] == name
+            step = table["step"][line] + self.log_steps
+            for panel, quantity in zip(axes, ("train_loss", *self.quantities), strict=True):
+                value = table[quantity][line]
+                seen = np.isfinite(value)
+                panel.plot(step[seen], value[seen], color=colour, linewidth=0.9, label=name)
+                if quantity != "train_loss":
+                    edge = table[f"{quantity}_edge"][line]
+                    known = np.isfinite(edge)
+                    panel.plot(step[known], edge[known], color=colour, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.8)
+        axes[0].set_yscale("log")
+        for panel, quantity in zip(axes, ("train_loss", *self.quantities), strict=True):
+            panel.set_ylabel(quantity.replace("_", " "))
+            if quantity.startswith("effective_"):
+                panel.axhline(2, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes[-1].set_xlabel("1 + optimizer step" if self.log_steps else "optimizer step")
+        if self.log_steps:
+            axes[-1].set_xscale("log")
+        figure.align_ylabels(axes)
+        if len(names) > 1:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
+                          handlelength=1.8, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+        return figure
+
+    @staticmethod
+    def _edge(cell: xr.Dataset, quantity: str) -> np.ndarray:
+        effective = _EFFECTIVE.get(quantity)
+        if effective not in cell:
+            return np.full(cell.sizes["step"], np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            edges = 2 * cell[quantity] / cell[effective]
+        return _median(edges.to_dataset(name="edge"), "edge")
+
+
+def _cells(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+    """Each combination of axes but seed of which fewer than half diverge, with its label; without those that do."""
+    axes = [str(axis) for axis in data.train_loss.dims if axis not in ("seed", "step")]
+    found = []
+    for values in product(*(data[axis].values for axis in axes)):
+        chosen: dict[str, Any] = dict(zip(axes, values, strict=True))
+        label = ", ".join(f"{axis.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.3g')}"
+                          for axis, value in chosen.items())  # fmt: skip
+        cell = data.sel(chosen)
+        if "status" in cell:
+            ended = cell["status"].isel(step=-1) != "diverged"
+            if 2 * int(ended.sum()) <= ended.size:
+                continue
+            cell = cell[[name for name in cell.data_vars if "step" in cell[name].dims and name != "status"]].where(
+                ended
+            )
+        found.append((label, cell))
+    return found
+
+
+def _median(cell: xr.Dataset, name: str) -> np.ndarray:
+    values = cell[name]
+    seeds = [dim for dim in values.dims if dim != "step"]
+    return values.median(seeds).values if seeds else values.values
