@@ -59,8 +59,8 @@ class ShallowTheory(Measurement):
             raise ValueError(f"ShallowTheory: the laws are of GainSGD's steps, not of {type(optimizer).__name__}'s")
         if bool((torch.as_tensor(optimizer.param_groups[0]["weight_decay"]) != 0).any()) or model._has_noise:
             raise ValueError("ShallowTheory: the laws are of gradient descent without weight_decay and label_noise")
-        if model.problems.x.shape[1] != 1 or bool((model.problems.x != 1).any()):
-            raise ValueError("ShallowTheory: the laws are of one row x = 1; use ScalarTarget")
+        if model.no_target is not None:
+            raise ValueError(f"ShallowTheory: {model.no_target}")
 
     def measure(self, model: ShallowLinearNetwork, batch: Any) -> dict[str, Tensor]:
         """All of the above, (E,) each."""
@@ -125,6 +125,8 @@ class LyapunovExponent(Measurement):
         """Raise ValueError for other networks."""
         if not isinstance(model, ShallowLinearNetwork):
             raise ValueError(f"LyapunovExponent: it is that of ShallowLinearNetwork, not of {type(model).__name__}")
+        if model.no_target is not None:
+            raise ValueError(f"LyapunovExponent: {model.no_target}")
 
     def names(self, model: Any) -> tuple[str, ...]:
         """Its one variable, without following anything."""

@@ -95,6 +95,8 @@ class ShallowLinearNetwork(LinearNetwork):
         place = 1 - streams.uniforms(key, torch.tensor([1]), 1)[:, 0, 0]  # in (0, 1]
         target, most = self.target.double().cpu(), alpha**2
         for i, name in enumerate(names):
+            if name.startswith("region") and self.no_target is not None:
+                raise ValueError(f"init = {name}: {self.no_target}")
             if name in ("region_A", "region_B") and target[i] <= 0:
                 raise ValueError(f"init = {name}: the regions are those of a positive target, not {target[i]:g}")
             if name == "region_A" and most[i] <= target[i]:
@@ -131,8 +133,14 @@ class ShallowLinearNetwork(LinearNetwork):
         return rotate(self.p, self.m)[1]
 
     @property
+    def no_target(self) -> str | None:
+        """Why the data have no Phi, or None if they have."""
+        x = self.problems.x
+        return None if x.shape[1] == 1 and bool((x == 1).all()) else "the data are not one row x = 1 (ScalarTarget)"
+
+    @property
     def target(self) -> Tensor:
-        """Phi, (E,): the label of the first row."""
+        """Phi, (E,), where there is one."""
         return self.problems.y[:, 0][self.problem_index]
 
     @property
@@ -148,7 +156,7 @@ class ShallowLinearNetwork(LinearNetwork):
     def variables(self) -> dict[str, Any]:
         """Those of every network, and `a`, `b` (E, D), `norm_squared` and `eps` (E,)."""
         own = {name: lambda name=name: getattr(self, name) for name in ("a", "b", "norm_squared", "eps")}
-        return {**super().variables(), **own}
+        return {**super().variables(), **own, "eps": self.no_target or own["eps"]}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One pair of factors."""
@@ -158,6 +166,8 @@ class ShallowLinearNetwork(LinearNetwork):
         """See `LinearNetwork.unit_of_lr`; `flow_edge` is 2/lambda where gradient flow from the member's start ends."""
         if self.lr_unit != "flow_edge":
             return super().unit_of_lr()
+        if self.no_target is not None:
+            raise ValueError(f"lr_unit = flow_edge: {self.no_target}")
         return 2 / shallow.norm_squared_at(self.target, shallow.spread(self.p.detach(), self.m.detach()))
 
     # The closed form --------------------------------------------------------------------------------------------------
@@ -166,8 +176,8 @@ class ShallowLinearNetwork(LinearNetwork):
         """As `LinearNetwork.closed_form_refusal`; it is of one clean row x = 1 without weight decay."""
         if type(self).variables is not ShallowLinearNetwork.variables:
             return f"{type(self).__name__} has its own variables, which the kernel does not record"
-        if self.problems.x.shape[1] != 1 or bool((self.problems.x != 1).any()):
-            return "the data are not one row x = 1 (ScalarTarget)"
+        if self.no_target is not None:
+            return self.no_target
         if self._has_noise:
             return "label_noise changes the target at every step"
         kappa = torch.as_tensor(self._optimizer.param_groups[0].get("weight_decay", 0.0))

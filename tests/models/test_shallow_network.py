@@ -96,6 +96,20 @@ def test_what_cannot_be_is_refused_by_name(arguments, message):
         fit(steps=1, **arguments)
 
 
+def test_on_several_rows_of_one_feature_it_is_a_network_without_a_target():
+    x, y = torch.tensor([[1.0], [0.5]]), torch.tensor([2.0, 1.0])
+
+    def train(**options):
+        return dlnlab.simulate(x, y, model=ShallowLinearNetwork, lr=0.05, steps=2000, batch_size=1, **options)
+
+    dataset = train()
+    assert "not one row" in dataset.path
+    np.testing.assert_allclose(dataset.train_loss[-1], 0, atol=1e-12)
+    for options in ({"init": "region_B"}, {"record": ["eps"]}, {"callbacks": [ShallowTheory()]}):
+        with pytest.raises(ValueError, match="not one row x = 1"):
+            train(**options)
+
+
 def test_a_target_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="target"):
         ScalarTarget(math.nan)
