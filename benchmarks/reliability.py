@@ -89,6 +89,18 @@ GENERIC = {
 }
 """Autograd and Adam."""
 
+SHALLOW = {
+    **SMALL,
+    "ensemble": {"lr": [0.2, 1.2, 2.5], "init": ["equal", "orthogonal"], "target": [1.0, 0.7], "seed": 1},
+    "model": {"class_path": "ShallowLinearNetwork", "init_args": {"init_scale": 0.8, "width": 3}},
+    "data": {"class_path": "ScalarTarget"},
+    "trainer": {
+        "max_steps": 130,
+        "callbacks": [{"class_path": "ShallowTheory", "init_args": {"every_n_steps": 41}}],
+    },
+}
+"""The shallow network's kernel: members that converge, that are chaotic and that diverge."""
+
 
 # Fits that can be killed ------------------------------------------------------------------------------------------------
 

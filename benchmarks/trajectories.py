@@ -306,7 +306,7 @@ def gemm_peak() -> float:
     return 2e-9 * 1024**3 / min(times)
 
 
-def header(title: str, option: str = "") -> list[str]:
+def header(title: str, option: str = "", script: str = "trajectories") -> list[str]:
     """Where and when it was measured."""
     with open("/proc/cpuinfo") as file:
         cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "?")
@@ -316,7 +316,7 @@ def header(title: str, option: str = "") -> list[str]:
     return [
         f"# {title}",
         "",
-        f"Measured by `python benchmarks/trajectories.py{option}` on {time.strftime('%Y-%m-%d')}, one thread: {cpu}, "
+        f"Measured by `python benchmarks/{script}.py{option}` on {time.strftime('%Y-%m-%d')}, one thread: {cpu}, "
         f"{os.cpu_count()} shared cores, load {load}; dlnlab {dlnlab.__version__}, {versions}, "
         f"Python {platform.python_version()}.",
         "",

@@ -27,6 +27,9 @@ from dlnlab.schedule import Schedule
 DEFAULT_VARIABLES = ("train_loss", "test_loss", "distance", "gain")
 
 _PREDICTIONS = ("unperturbed", "mean_gain", "weighted_l1", "gradient_flow", "min_l1", "min_l2")
+_SHALLOW_LAWS = (
+    "eps_law", "norm_squared_law", "imbalance_law", "escape_law", "norm_squared", "divergence"
+)  # fmt: skip
 TAGS = {
     "train_loss": "loss/train",
     "test_loss": "loss/test",
@@ -75,6 +78,7 @@ TAGS = {
     "gamma_max_over_flattest_edge": "theory/gamma_max_over_flattest_edge",
     "gamma_max_over_mean_square_edge": "theory/gamma_max_over_mean_square_edge",
     "gamma_max_over_almost_sure_edge": "theory/gamma_max_over_almost_sure_edge",
+    **{f"{name}_error": f"theory/{name}_error" for name in _SHALLOW_LAWS},
 }
 """TensorBoard tags of variables; any other variable with one number per member is `measured/<name>`."""
 _UNDERFLOW = ("train_loss", "test_loss", "distance")  # event files hold float32, so these are logged as log10 too
@@ -167,6 +171,7 @@ class Recorder(Callback):
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
             self.names = self._check_variables(module)
+            self._dims |= module.dims
             defined = module.variables()
             self._invariants = tuple(name for name in INVARIANTS if self.invariants and callable(defined[name]))
             self._check_memory(module)

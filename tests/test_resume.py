@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import reliability as study
-from reliability import GENERIC, LAST, RUN, SMALL, Program, at_step, difference
+from reliability import GENERIC, LAST, RUN, SHALLOW, SMALL, Program, at_step, difference
 
 from dlnlab import load_results, run_directory
 from dlnlab.results import ResultError
@@ -74,6 +74,12 @@ def test_a_run_that_was_killed_at_an_exact_step_goes_on_as_if_it_had_not_been(tm
 
 def test_autograd_with_adam_goes_on_as_if_it_had_not_been_killed(tmp_path):
     none_failed(study.killed_at_steps(tmp_path, GENERIC, [77]), 2)
+
+
+def test_the_shallow_networks_kernel_goes_on_as_if_it_had_not_been_killed(tmp_path):
+    none_failed(study.killed_at_steps(tmp_path, SHALLOW, [77]), 2)
+    ends = load_results(tmp_path / "reference" / RUN).status.isel(step=-1)
+    assert set(np.unique(ends)) == {"running", "converged", "diverged"}
 
 
 def test_a_run_that_was_killed_while_it_wrote_goes_on_as_if_it_had_not_been(tmp_path):

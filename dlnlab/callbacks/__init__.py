@@ -18,6 +18,7 @@ from dlnlab.callbacks.progress import MemberProgress
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
 from dlnlab.callbacks.sgd_noise import SgdNoise
+from dlnlab.callbacks.shallow_theory import LyapunovExponent, ShallowTheory
 from dlnlab.callbacks.sharpness import Sharpness
 from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
@@ -33,6 +34,7 @@ __all__ = [
     "Interruption",
     "LassoDistance",
     "LeadingGain",
+    "LyapunovExponent",
     "Measurement",
     "MemberGuard",
     "MemberProgress",
@@ -41,6 +43,7 @@ __all__ = [
     "Recorder",
     "RunCheckpoint",
     "SgdNoise",
+    "ShallowTheory",
     "Sharpness",
     "SupportRecovery",
     "Thresholds",

@@ -8,7 +8,9 @@ from dlnlab.figures.coordinates import CoordinatesFigure
 from dlnlab.figures.curve import CurveFigure
 from dlnlab.figures.edge import EdgeFigure
 from dlnlab.figures.final_value import FinalValueFigure
+from dlnlab.figures.map import MapFigure
 from dlnlab.figures.oscillation import OscillationFigure
+from dlnlab.figures.plane import PlaneFigure
 from dlnlab.figures.scatter import ScatterFigure
 from dlnlab.figures.step_size import StepSizeFigure
 from dlnlab.figures.variant_distance import VariantDistanceFigure
@@ -22,7 +24,9 @@ __all__ = [
     "EdgeFigure",
     "Figure",
     "FinalValueFigure",
+    "MapFigure",
     "OscillationFigure",
+    "PlaneFigure",
     "ScatterFigure",
     "StepSizeFigure",
     "VariantDistanceFigure",

@@ -5,16 +5,22 @@ from dlnlab.kernels.diffusion import Diffusion
 from dlnlab.kernels.factors import Factors
 from dlnlab.kernels.flow import DualFlow
 from dlnlab.kernels.reference import diagonal_steps
+from dlnlab.kernels.shallow import Course, Log, Multipliers, Rule, shallow_kernel
 
 __all__ = [
     "Batches",
+    "Course",
     "Diffusion",
     "DualFlow",
     "Factors",
     "Guard",
     "Kernel",
+    "Log",
+    "Multipliers",
     "Records",
+    "Rule",
     "diagonal_kernel",
     "diagonal_steps",
     "num_threads",
+    "shallow_kernel",
 ]

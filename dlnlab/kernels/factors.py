@@ -69,6 +69,12 @@ class Factors:
         """Apply one function to every tensor (indexing, usually)."""
         return Factors(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
+    def copy_(self, other: "Factors") -> None:
+        """Take over another state's numbers, in place."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            if mine is not theirs:
+                mine.copy_(theirs)
+
     def multiply(self, x: Tensor, decay: Tensor | None) -> None:
         """One step, in place.
 

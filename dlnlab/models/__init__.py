@@ -3,5 +3,6 @@
 from dlnlab.models.base import Guard, LinearNetwork
 from dlnlab.models.batch import Batch
 from dlnlab.models.diagonal import DiagonalLinearNetwork
+from dlnlab.models.shallow import ShallowLinearNetwork
 
-__all__ = ["Batch", "DiagonalLinearNetwork", "Guard", "LinearNetwork"]
+__all__ = ["Batch", "DiagonalLinearNetwork", "Guard", "LinearNetwork", "ShallowLinearNetwork"]

@@ -118,6 +118,9 @@ class LinearNetwork(LightningModule):
     axes: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "batch_size", "sampling", "label_noise")
     """The hyperparameters that may be axes of the ensemble. A subclass adds its own."""
 
+    dims: ClassVar[dict[str, list[str]]] = {}
+    """Names of its variables' trailing dimensions, where they are not `coordinate` or `row` and `column`."""
+
     closed_form_optimizers: ClassVar[tuple[type[Optimizer], ...]] = (GainSGD,)
     """The optimizers whose steps `advance_closed_form` takes, where there is one."""
 

@@ -2,8 +2,10 @@
 
 Notation in arguments: `X` (N, D) inputs and `y` (N,) targets, or stacks (P, N, D) and (P, N); `init` is alpha, never
 alpha^2; `log_init` its natural logarithm, for what is below floating point. The loss is |X beta - y|^2/(2N) everywhere.
+`shallow` holds the formulas of the shallow linear network, in words of its own.
 """
 
+from dlnlab.theory import shallow
 from dlnlab.theory.bounds import (
     batch_smoothness,
     batch_weight,
@@ -80,6 +82,7 @@ __all__ = [
     "min_l2",
     "mirror_shift",
     "perturbation",
+    "shallow",
     "sharpness",
     "stability",
     "trace_flattest_interpolator",
