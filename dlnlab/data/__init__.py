@@ -1,7 +1,9 @@
 """Problems to train on."""
 
 from dlnlab.data.base import SyntheticData
+from dlnlab.data.low_rank_completion import LowRankCompletion
+from dlnlab.data.observed_entries import ObservedEntries
 from dlnlab.data.sparse_regression import SparseRegression
 from dlnlab.data.tabular import TabularRegression
 
-__all__ = ["SparseRegression", "SyntheticData", "TabularRegression"]
+__all__ = ["LowRankCompletion", "ObservedEntries", "SparseRegression", "SyntheticData", "TabularRegression"]

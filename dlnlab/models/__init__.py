@@ -2,6 +2,7 @@
 
 from dlnlab.models.base import Guard, LinearNetwork
 from dlnlab.models.batch import Batch
+from dlnlab.models.deep import DeepLinearNetwork
 from dlnlab.models.diagonal import DiagonalLinearNetwork
 
-__all__ = ["Batch", "DiagonalLinearNetwork", "Guard", "LinearNetwork"]
+__all__ = ["Batch", "DeepLinearNetwork", "DiagonalLinearNetwork", "Guard", "LinearNetwork"]

@@ -1,6 +1,5 @@
 """The diagonal linear network, x -> <u*v, x>."""
 
-import os
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dlnlab import checks, kernels, streams, theory
+from dlnlab import checks, kernels, theory
 from dlnlab.kernels import DualFlow, Factors, diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
@@ -130,15 +129,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             self._kernel = kernels.diagonal_kernel(self.problems.x, self.problems.y)
-            sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-            sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
-            self._batches = kernels.Batches(
-                torch.tensor(sizes, device=self.device),
-                torch.tensor(sampling, device=self.device),
-                self._sampling_keys,
-                self._noise_keys,
-                self._noise_std,
-            )
+            self._batches = self.kernel_batches()
         return self._kernel
 
     def start_from(self, parameters: dict[str, Tensor]) -> None:
@@ -234,7 +225,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         records = kernels.Records.allocate(record_steps, factors, everything)
         taken = self.kernel.advance(
             factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
-            start + k, self.status, self.stopped_at, rule, records, num_threads=_num_threads(),
+            start + k, self.status, self.stopped_at, rule, records, num_threads=kernels.num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
@@ -368,12 +359,6 @@ _OF_FACTORS = {
     "mirror_error": Factors.mirror_error,
     "gain_sandwich_error": Factors.gain_sandwich_error,
 }
-
-
-def _num_threads() -> int:
-    """Threads that share the members: what OMP_NUM_THREADS says, else every processor this process may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def _spread(value: Any, places: Tensor, dtype: torch.dtype) -> Tensor:
