@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 import dlnlab
 from dlnlab import callbacks, data, figures, models, optim
-from dlnlab.callbacks import Measurement, Recorder
+from dlnlab.callbacks import Measurement, RankTracker, Recorder
 from dlnlab.data import SparseRegression, SyntheticData
 from dlnlab.figures import Figure
 from dlnlab.models import LinearNetwork
@@ -100,10 +100,9 @@ def test_the_same_seed_gives_the_same_run_and_another_root_another(network):
 def test_a_measurement_states_one_value_per_member_and_changes_nothing(measurement):
     ensemble = {"lr": [0.05, 0.1], "seed": 2}
     recorder = Recorder(at=[0, 7], variables=["beta"])
-    measured = fit(
-        models.DiagonalLinearNetwork(ensemble=dlnlab.Ensemble(**ensemble)), 20, recorder, measurement(at=[3, 7])
-    )
-    bare = fit(models.DiagonalLinearNetwork(ensemble=dlnlab.Ensemble(**ensemble)), 20)
+    network = models.DeepLinearNetwork if issubclass(measurement, RankTracker) else models.DiagonalLinearNetwork
+    measured = fit(network(ensemble=dlnlab.Ensemble(**ensemble)), 20, recorder, measurement(at=[3, 7]))
+    bare = fit(network(ensemble=dlnlab.Ensemble(**ensemble)), 20)
     assert torch.equal(measured.predictor(), bare.predictor())
     results = recorder.dataset()
     found = []

@@ -7,6 +7,7 @@ from dlnlab.callbacks.interruption import Interruption
 from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.progress import MemberProgress
+from dlnlab.callbacks.rank import RankJumps, RankTracker
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
 from dlnlab.recorder import Recorder
@@ -19,6 +20,8 @@ __all__ = [
     "MemberGuard",
     "MemberProgress",
     "PredictorNorm",
+    "RankJumps",
+    "RankTracker",
     "Recorder",
     "RunCheckpoint",
     "SupportRecovery",
