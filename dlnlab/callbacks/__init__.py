@@ -1,6 +1,7 @@
 """What is measured during a fit, and who stops and shows it."""
 
 from dlnlab.callbacks.base import Measurement
+from dlnlab.callbacks.completion import CompletionBaselines
 from dlnlab.callbacks.gain import GainTracker
 from dlnlab.callbacks.implicit_bias import ImplicitBias
 from dlnlab.callbacks.interruption import Interruption
@@ -13,6 +14,7 @@ from dlnlab.callbacks.run_checkpoint import RunCheckpoint
 from dlnlab.recorder import Recorder
 
 __all__ = [
+    "CompletionBaselines",
     "GainTracker",
     "ImplicitBias",
     "Interruption",

@@ -28,6 +28,7 @@ class RankTracker(Measurement):
         pattern: Which parameters, by name: `*` stands for anything. Vectors and biases are passed over.
         alive: A singular value is counted from here on, relative to the largest.
         dead: Until it falls below this.
+        zero: A matrix whose largest singular value is below this has rank 0.
         alpha: Of the smooth rank, f(s) = s (2 alpha - s)/alpha^2 up to alpha, then 1.
         every_n_steps: A period in optimizer steps; without a schedule, the recorder's.
         at: A list of steps.
@@ -44,6 +45,7 @@ class RankTracker(Measurement):
         pattern: str = "*",
         alive: float = 0.02,
         dead: float = 1e-4,
+        zero: float = 1e-6,
         alpha: float = 0.1,
         every_n_steps: int | None = None,
         at: Any = None,
@@ -54,6 +56,7 @@ class RankTracker(Measurement):
         self.dead = checks.positive("dead", dead)
         if dead > alive:
             raise ValueError(f"dead = {dead:g}: must be at most alive = {alive:g}")
+        self.zero = checks.positive("zero", zero)
         self.alpha = checks.positive("alpha", alpha)
         self._rank: Tensor | None = None
 
@@ -117,10 +120,11 @@ class RankTracker(Measurement):
     def rank_of(self, singular_values: Tensor) -> Tensor:
         """The present rank (E,), given what it was: between those that are alive for certain and those not dead."""
         largest = singular_values[:, :1]
-        alive = (singular_values > self.alive * largest).sum(-1)
-        not_dead = (singular_values >= self.dead * largest).sum(-1)
+        something = largest >= self.zero
+        alive = ((singular_values > self.alive * largest) & something).sum(-1)
+        not_dead = ((singular_values >= self.dead * largest) & something).sum(-1)
         before = alive if self._rank is None else self._rank.to(alive.device)
-        known = singular_values.isfinite().all(-1) & (largest[:, 0] > 0)
+        known = singular_values.isfinite().all(-1)
         self._rank = torch.where(known, torch.minimum(torch.maximum(before, alive), not_dead), before)
         return self._rank
 
@@ -165,6 +169,7 @@ class RankJumps(RankTracker):
         pattern: See `RankTracker`.
         alive: Likewise.
         dead: Likewise.
+        zero: Likewise.
         alpha: Of the set; a singular value of a factor below it counts as less than one.
         set_rank: r of the set B_r; None for no set.
         rank_slack: eps2: the sum of f(s_i(W_l)) is at most r + eps2 in every layer.
@@ -186,6 +191,7 @@ class RankJumps(RankTracker):
         pattern: str = "*",
         alive: float = 0.02,
         dead: float = 1e-4,
+        zero: float = 1e-6,
         alpha: float = 0.1,
         set_rank: int | None = None,
         rank_slack: float = 0.5,
@@ -194,7 +200,7 @@ class RankJumps(RankTracker):
         every_n_steps: int | None = None,
         at: Any = None,
     ) -> None:
-        super().__init__(pattern, alive, dead, alpha, every_n_steps, at)
+        super().__init__(pattern, alive, dead, zero, alpha, every_n_steps, at)
         self.set_rank = None if set_rank is None else checks.integer("set_rank", set_rank)
         self.rank_slack = checks.number("rank_slack", rank_slack, at_least=0)
         self.balance = None if balance is None else checks.positive("balance", balance)
@@ -207,9 +213,9 @@ class RankJumps(RankTracker):
         super().forget()
         self._counts = {}
 
-    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, final: bool = False) -> None:
+    def _measure(self, trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self._step = trainer.global_step
-        super()._measure(trainer, module, batch, final)
+        super()._measure(trainer, module, *args, **kwargs)
 
     def measure(self, model: LightningModule, batch: Any) -> dict[str, Tensor]:
         """Counts (E,), steps (E, R)."""

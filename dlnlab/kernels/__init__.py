@@ -1,12 +1,11 @@
 """k-step trajectories of the networks whose updates have a closed form."""
 
 from dlnlab.kernels.deep import DeepGuard, EntryLoss, deep_kernel, deep_step
-from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_kernel
+from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_kernel, num_threads
 from dlnlab.kernels.diffusion import Diffusion
 from dlnlab.kernels.factors import Factors
 from dlnlab.kernels.flow import DualFlow
 from dlnlab.kernels.reference import diagonal_steps
-from dlnlab.kernels.threads import num_threads
 
 __all__ = [
     "Batches",

@@ -1,5 +1,6 @@
 """What the kernels of the diagonal network take and change, and which kernel a device has."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ def diagonal_kernel(x: Tensor, y: Tensor) -> "Kernel | str":
 
     refusal = cuda.refusal(x.device, x.shape[-1])
     return cuda.DiagonalKernel(x, y) if refusal is None else refusal
+
+
+def num_threads() -> int:
+    """Threads that share the members: what OMP_NUM_THREADS says, else every processor this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 @dataclass

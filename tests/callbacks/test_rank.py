@@ -62,6 +62,11 @@ def test_the_rank_has_hysteresis():
     ]
 
 
+def test_what_shrinks_to_nothing_has_rank_zero_whatever_its_proportions():
+    ranks = [int(found["rank"]) for found in feed(RankTracker(at=[0]), [(1.0, 0.5, 0.0), (1e-7, 1e-7, 1e-7)])]
+    assert ranks == [2, 0]
+
+
 def test_jumps_are_counted_with_their_steps():
     found = feed(RankJumps(at=[0]), PATH)
     assert [float(each["jumps_down"]) for each in found] == [0, 0, 0, 1, 1, 2, 2]

@@ -173,3 +173,21 @@ def test_the_guard_takes_the_diverged_back_and_stops_the_converged():
     assert loss < 1e-4
     assert stopped_at[1] % 10 == 0
     assert stopped_at[1] < 3000
+
+
+def test_entries_of_some_columns_alone_let_the_other_columns_decay_exactly():
+    setting, columns = Setting(kappa=0.05), [0, 3]
+    places, y = setting.places[setting.problem], setting.y[setting.problem]
+    weights, steps = setting.weights, 400
+    start = weights[0].clone()
+    chosen = torch.isin(places[..., 1], torch.tensor(columns))
+    for step in range(steps):
+        entry = torch.stack([torch.nonzero(each)[step % int(each.sum())] for each in chosen])  # (E, 1)
+        here = entry[..., None].expand(-1, -1, 2)
+        weights = deep_step(weights, places.gather(1, here), y.gather(1, entry), setting.lr, setting.decay, MEAN, False)
+    others = [j for j in range(D) if j not in columns]
+    expected = start[:, :, others] * (setting.decay**steps)[:, None, None]
+    torch.testing.assert_close(weights[0][:, :, others], expected, rtol=1e-12, atol=0)  # 400 roundings
+    # Rank two at most is left, whatever it was: wang2024's way into the set of that rank.
+    values = torch.linalg.svdvals(weights[2] @ weights[1] @ weights[0])
+    assert (values[:, 2] < float((setting.decay**steps).max()) * 10).all()

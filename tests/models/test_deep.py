@@ -85,6 +85,14 @@ def test_no_result_depends_on_chunks(deep, chunk):
     assert whole.equals(parts)
 
 
+def test_a_resumed_fit_takes_the_same_steps_as_one_that_was_not_stopped(fit, tmp_path):
+    whole, first, second = (DeepLinearNetwork(ensemble=everything()) for _ in range(3))
+    fit(whole, data(), 90, [MemberGuard()])
+    fit(first, data(), 45, [MemberGuard()]).save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, data(), 90, [MemberGuard()], ckpt_path=str(tmp_path / "half.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights, second.weights, strict=True))
+
+
 def test_a_diverging_member_goes_back_and_moves_nobody(deep):
     company, _ = deep(steps=400, ensemble=Ensemble(lr=[0.05, 50.0], batch_size=[1], seed=2))
     alone, _ = deep(steps=400, ensemble=Ensemble(lr=[0.05], batch_size=[1], seed=2))
