@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 
 import dlnlab
 from dlnlab import callbacks, data, figures, models, optim
-from dlnlab.callbacks import Measurement, RankTracker, Recorder
-from dlnlab.data import SparseRegression, SyntheticData
+from dlnlab.callbacks import CompletionBaselines, Measurement, RankTracker, Recorder
+from dlnlab.data import LowRankCompletion, SparseRegression, SyntheticData
 from dlnlab.figures import Figure
 from dlnlab.models import LinearNetwork
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+OF_MATRICES = (RankTracker, CompletionBaselines)
 BASES = (LinearNetwork, SyntheticData, Measurement, Figure)
 
 
@@ -100,9 +101,11 @@ def test_the_same_seed_gives_the_same_run_and_another_root_another(network):
 def test_a_measurement_states_one_value_per_member_and_changes_nothing(measurement):
     ensemble = {"lr": [0.05, 0.1], "seed": 2}
     recorder = Recorder(at=[0, 7], variables=["beta"])
-    network = models.DeepLinearNetwork if issubclass(measurement, RankTracker) else models.DiagonalLinearNetwork
-    measured = fit(network(ensemble=dlnlab.Ensemble(**ensemble)), 20, recorder, measurement(at=[3, 7]))
-    bare = fit(network(ensemble=dlnlab.Ensemble(**ensemble)), 20)
+    network, dataset = models.DiagonalLinearNetwork, SparseRegression(5, 3, 2)
+    if issubclass(measurement, OF_MATRICES):
+        network, dataset = models.DeepLinearNetwork, LowRankCompletion((4, 3))
+    measured = fit(network(ensemble=dlnlab.Ensemble(**ensemble)), 20, recorder, measurement(at=[3, 7]), dataset=dataset)
+    bare = fit(network(ensemble=dlnlab.Ensemble(**ensemble)), 20, dataset=dataset)
     assert torch.equal(measured.predictor(), bare.predictor())
     results = recorder.dataset()
     found = []
