@@ -1,6 +1,7 @@
 """What is measured during a fit, and who stops and shows it."""
 
 from dlnlab.callbacks.base import Measurement
+from dlnlab.callbacks.completion import CompletionBaselines
 from dlnlab.callbacks.flow_sharpness import FlowSharpness
 from dlnlab.callbacks.gain import GainTracker
 from dlnlab.callbacks.gain_bounds import GainBounds
@@ -15,6 +16,7 @@ from dlnlab.callbacks.member_guard import MemberGuard
 from dlnlab.callbacks.norms import PredictorNorm
 from dlnlab.callbacks.perturbation import Perturbation
 from dlnlab.callbacks.progress import MemberProgress
+from dlnlab.callbacks.rank import RankJumps, RankTracker
 from dlnlab.callbacks.recovery import SupportRecovery
 from dlnlab.callbacks.run_checkpoint import RunCheckpoint
 from dlnlab.callbacks.sgd_noise import SgdNoise
@@ -24,6 +26,7 @@ from dlnlab.callbacks.thresholds import Thresholds
 from dlnlab.recorder import Recorder
 
 __all__ = [
+    "CompletionBaselines",
     "FlowSharpness",
     "GainBounds",
     "GainForecast",
@@ -40,6 +43,8 @@ __all__ = [
     "MemberProgress",
     "Perturbation",
     "PredictorNorm",
+    "RankJumps",
+    "RankTracker",
     "Recorder",
     "RunCheckpoint",
     "SgdNoise",

@@ -23,7 +23,7 @@ class Replay:
         optimizer = model._optimizer
         factors = optimizer.factors(optimizer.pairs[0])
         self.start = factors.initial_plus, factors.initial_minus  # (E, D) each
-        self.problem, self.problems, self.batches = model.problem_index, model.problems, model.kernel_batches
+        self.problem, self.problems, self.batches = model.problem_index, model.problems, model.kernel_batches()
         self._kernel = model.kernel
         self._device = torch.device("cpu") if isinstance(self._kernel, str) else model.device
         if isinstance(self._kernel, str):

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dlnlab import checks
@@ -32,17 +33,40 @@ from dlnlab.streams import Stream
 
 
 class Problems(NamedTuple):
-    """P problems, stacked: x (P, N, D), y (P, N) or (P, N, K), teacher (P, D) or (P, K, D) or None, and the test rows."""
+    """P problems, stacked.
+
+    What is observed of a predictor is either its value at inputs, x (P, N, D) and y (P, N) or (P, N, K), or single
+    entries of it: then x (P, N, 2) holds their places (row, column) in a matrix (K, D), int64, and y (P, N) their values.
+
+    Attributes:
+        x: Inputs, or places.
+        y: Targets.
+        teacher: The truth, (P, D) or (P, K, D), or None.
+        x_test: Those of the test set, or None.
+        y_test: Likewise.
+        matrix_shape: (K, D) where x holds places.
+    """
 
     x: Tensor
     y: Tensor
     teacher: Tensor | None
     x_test: Tensor | None
     y_test: Tensor | None
+    matrix_shape: tuple[int, int] | None = None
+
+    @property
+    def predictor_shape(self) -> tuple[int, ...]:
+        """What a predictor for these problems looks like, (D,) or (K, D)."""
+        return self.matrix_shape or (*self.y.shape[2:], self.x.shape[-1])
 
     def to(self, dtype: torch.dtype) -> "Problems":
-        """The same problems in another precision."""
-        return Problems(*(None if tensor is None else tensor.to(dtype) for tensor in self))
+        """The same problems in another precision; places stay whole numbers."""
+        numbers = {
+            name: value.to(dtype)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        return self._replace(**numbers)
 
 
 class Ticks:
@@ -84,6 +108,14 @@ class SyntheticData(LightningDataModule):
     depends_on_seed: ClassVar[bool] = True
     """False where the members of all seeds share one problem."""
 
+    matrix_shape: tuple[int, int] | None = None
+    """(K, D) where `sample` returns places in a matrix instead of inputs; see `Problems`."""
+
+    source: str = ""
+    """The file whose numbers `checksum` is of, where `sample` draws from one."""
+
+    checksum: str | None = None
+
     ensemble: Ensemble | None = None
     """Set where the model brings none (a plain LightningModule); otherwise the model's is used."""
 
@@ -102,7 +134,8 @@ class SyntheticData(LightningDataModule):
                 differ in them share all draws that they do not change.
 
         Returns:
-            x (N + num_test_samples, D), y (N + num_test_samples,) or (..., K), and the teacher (D,) or (K, D), or None.
+            x (N + num_test_samples, D), y (N + num_test_samples,) or (..., K), and the teacher (D,) or (K, D), or None;
+            where there is a `matrix_shape`, x (N + num_test_samples, 2) of places, int64.
         """
         raise NotImplementedError
 
@@ -152,7 +185,18 @@ class SyntheticData(LightningDataModule):
             teacher,
             x[:, train:].contiguous() if has_test else None,
             y[:, train:].contiguous() if has_test else None,
+            self.matrix_shape,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checksum of the numbers that were read, for a resume."""
+        return {} if self.checksum is None else {"checksum": self.checksum}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on training on other numbers: a path says where a table lies, not what is in it."""
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and state_dict.get("checksum") != self.checksum:
+            raise ValueError(f"{self.source} has changed since the checkpoint: start a new run")
 
     def _ensemble(self) -> Ensemble:
         module = self.trainer.lightning_module if self.trainer is not None else None

@@ -6,7 +6,6 @@ from itertools import combinations_with_replacement
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dlnlab import checks
@@ -61,6 +60,7 @@ class TabularRegression(SyntheticData):
     ) -> None:
         super().__init__()
         self.path = path
+        self.source = path or "the diabetes table"
         self.target = target
         self.features = features
         self.standardize = checks.flag("standardize", standardize)
@@ -74,7 +74,6 @@ class TabularRegression(SyntheticData):
         self.num_features = checks.integer("num_features", num_features, at_least=1)
         self._x: Tensor | None = None
         self._y: Tensor | None = None
-        self._checksum: str | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the table, once, and draw each seed's rows."""
@@ -104,7 +103,7 @@ class TabularRegression(SyntheticData):
                         f'{table.source}, column "{name}": must vary to be standardized, but is {column[0]:g} in every '
                         f"row: {advice}"
                     )
-        self._checksum = hashlib.sha256(values.tobytes()).hexdigest()
+        self.checksum = hashlib.sha256(values.tobytes()).hexdigest()
         x, y = torch.from_numpy(values).split((len(x_names), len(y_names)), dim=1)
         self.num_test_samples, self._num_train = num_test, wanted
         self._x, self._y = x, y.squeeze(1) if y.shape[1] == 1 else y
@@ -130,16 +129,6 @@ class TabularRegression(SyntheticData):
                 f"columns in all and features = {self.features} (a .csv is separated by a tab, ; or ,)"
             )
         return x_names, y_names
-
-    def state_dict(self) -> dict[str, Any]:
-        """A checksum of the numbers that were read, for a resume."""
-        return {} if self._checksum is None else {"checksum": self._checksum}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on training on other numbers: a path says where a table lies, not what is in it."""
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and state_dict.get("checksum") != self._checksum:
-            raise ValueError(f"{self.path or 'the diabetes table'} has changed since the checkpoint: start a new run")
 
     def bytes_per_problem(self) -> int | None:
         """Of the expanded x and y in float64, once the table is read."""

@@ -1,5 +1,6 @@
 """k-step trajectories of the networks whose updates have a closed form."""
 
+from dlnlab.kernels.deep import DeepGuard, EntryLoss, deep_kernel, deep_step
 from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_kernel, num_threads
 from dlnlab.kernels.diffusion import Diffusion
 from dlnlab.kernels.factors import Factors
@@ -10,8 +11,10 @@ from dlnlab.kernels.shallow import Course, Log, Multipliers, Rule, shallow_kerne
 __all__ = [
     "Batches",
     "Course",
+    "DeepGuard",
     "Diffusion",
     "DualFlow",
+    "EntryLoss",
     "Factors",
     "Guard",
     "Kernel",
@@ -19,6 +22,8 @@ __all__ = [
     "Multipliers",
     "Records",
     "Rule",
+    "deep_kernel",
+    "deep_step",
     "diagonal_kernel",
     "diagonal_steps",
     "num_threads",

@@ -106,6 +106,16 @@ def shift(typing: Any, pointer: Any, offset: Any) -> Any:
 
 
 @intrinsic
+def pointer_at(typing: Any, address: Any, like: Any) -> Any:
+    """The pointer to an address in memory, of the type of another pointer: for as many arrays as there happen to be."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(like))
+
+    return like(address, like), generate
+
+
+@intrinsic
 def as_integers(typing: Any, pointer: Any) -> Any:
     """The same memory as int64."""
     integers = types.CPointer(types.int64)

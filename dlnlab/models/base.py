@@ -45,6 +45,7 @@ from torch.optim import Optimizer
 from dlnlab import checks, streams
 from dlnlab.data.base import Problems, refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
+from dlnlab.kernels import Batches
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
 from dlnlab.models.trainer import count_steps, limit_steps, next_event_of, refuse_what_chunks_cannot_honour
@@ -282,9 +283,10 @@ class LinearNetwork(LightningModule):
         """
         if self.lr_unit == "one":
             return torch.ones(self.num_members, dtype=self.number_type, device=self.device)
-        if self.lr_unit == "max_row":
+        if self.lr_unit == "max_row" and self.problems.matrix_shape is None:
             return (1 / self.problems.x.square().sum(-1).amax(-1))[self.problem_index]
-        raise ValueError(f"lr_unit = {self.lr_unit}: not known for {type(self).__name__}; use one or max_row")
+        known = "one or max_row" if self.problems.matrix_shape is None else "one"
+        raise ValueError(f"lr_unit = {self.lr_unit}: not known for {type(self).__name__} on these data; use {known}")
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
@@ -304,8 +306,8 @@ class LinearNetwork(LightningModule):
         self.problems = data.problems.to(self.number_type)
         self.problem_index = data.data_index.to(device)
         if not list(self.parameters()):
-            y = self.problems.y
-            sizes = self.problems.x.shape[-1], None if y.ndim == 2 else y.shape[-1]
+            *outputs, features = self.problems.predictor_shape
+            sizes = features, outputs[0] if outputs else None
             self._check_memory(self.numbers_per_member(*sizes), device)
             with _default_dtype(self.number_type):
                 self.build(*sizes)
@@ -364,9 +366,11 @@ class LinearNetwork(LightningModule):
                     f"parameter {name} has shape {tuple(parameter.shape)}: its first axis must be the {self.num_members} "
                     "members of the ensemble"
                 )
-        shape, features = self.predictor().shape, self.problems.x.shape[-1]
-        if shape[-1] != features:
-            raise ValueError(f"the model's predictor has {shape[-1]} features and the data have {features}")
+        shape, wanted = tuple(self.predictor().shape[1:]), self.problems.predictor_shape
+        if shape[-1] != wanted[-1]:
+            raise ValueError(f"the model's predictor has {shape[-1]} features and the data have {wanted[-1]}")
+        if self.problems.matrix_shape is not None and shape != wanted:
+            raise ValueError(f"the data are entries of a matrix {wanted}, the model's predictor has shape {shape}")
 
     def _group_members(self) -> None:
         """Sort the members by batch size, which decides the shape of what they see."""
@@ -509,6 +513,18 @@ class LinearNetwork(LightningModule):
                 x, y = self.problems.x[problem[:, None], rows], self.problems.y[problem[:, None], rows]
                 found.append(Batch(x, y, group, None, noise))
         return found
+
+    def kernel_batches(self) -> Batches:
+        """What each member sees at a step, as compiled kernels take it."""
+        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
+        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
+        return Batches(
+            torch.tensor(sizes, device=self.device),
+            torch.tensor(sampling, device=self.device),
+            self._sampling_keys,
+            self._noise_keys,
+            self._noise_std,
+        )
 
     # Chunks -----------------------------------------------------------------------------------------------------------
 
@@ -683,6 +699,8 @@ class LinearNetwork(LightningModule):
         if self.problems.teacher is not None:
             found["distance"] = self._distance
             found["teacher"] = lambda: self.problems.teacher[self.problem_index]
+            if self.problems.matrix_shape is not None and self.problems.x.shape[1] == self.problems.teacher[0].numel():
+                found["distance"] = "every entry of the matrix is observed"
         for name in ("gain", "gain_plus", "gain_minus", "effective_init", "imbalance"):
             found[name] = self._of_optimizer(name)
         for name in INVARIANTS:
@@ -709,8 +727,12 @@ class LinearNetwork(LightningModule):
         return torch.finfo(self.number_type).eps * (1e6 + 10 * step) + 1e-13 * step
 
     def _distance(self) -> Tensor:
-        error = self.predictor() - self.problems.teacher[self.problem_index]
-        return error.square().flatten(1).sum(1)
+        squares = (self.predictor() - self.problems.teacher[self.problem_index]).square().flatten(1)
+        if self.problems.matrix_shape is None:
+            return squares.sum(1)
+        places = self.problems.x[..., 0] * self.problems.matrix_shape[1] + self.problems.x[..., 1]
+        unseen = torch.ones_like(squares).scatter_(1, places[self.problem_index], 0)
+        return (squares * unseen).sum(1) / unseen.sum(1)
 
     def _time(self) -> Tensor:
         elapsed = getattr(self._optimizer, "time", None)
@@ -728,7 +750,7 @@ class LinearNetwork(LightningModule):
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = (part.to(self.number_type) for part in batch)
+        x, y = (part.to(self.number_type) if part.is_floating_point() else part for part in batch)
         everyone = torch.arange(self.num_members, device=self.device)
         losses = self.losses(Batch(x, y, everyone, self.problem_index))
         self.member_loss.update(losses, x.shape[1])
@@ -760,7 +782,7 @@ class LinearNetwork(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Predictions (E, N[, K]) on the test rows."""
         del batch_idx
-        x, y = (part.to(self.number_type) for part in batch)
+        x, y = (part.to(self.number_type) if part.is_floating_point() else part for part in batch)
         everyone = torch.arange(self.num_members, device=self.device)
         return Batch(x, y, everyone, self.problem_index).predictions(self.predictor())
 

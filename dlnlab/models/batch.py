@@ -44,10 +44,11 @@ class Batch:
     """The rows that G members of one batch size see at one step.
 
     Mini-batches have rows of their own for each member: x (G, B, D), y (G, B[, K]). A full batch keeps the P problems
-    as they are, x (P, N, D) and y (P, N[, K]), and says which one each member has.
+    as they are, x (P, N, D) and y (P, N[, K]), and says which one each member has. Where x holds whole numbers they are
+    places (row, column) in the predictor, and y what is observed there (`dlnlab.data.base.Problems`).
 
     Attributes:
-        x: Inputs.
+        x: Inputs, or places (..., 2).
         y: Targets.
         members: The members' numbers in the ensemble, int64 (G,).
         problem: For a full batch the row of x that each member sees, int64 (G,); otherwise None.
@@ -60,13 +61,18 @@ class Batch:
     problem: Tensor | None = None
     noise: Tensor | None = None
 
+    @property
+    def holds_places(self) -> bool:
+        """Whether x says where in the predictor to look, and not what to apply it to."""
+        return not self.x.is_floating_point()
+
     @cached_property
     def layout(self) -> Layout:
         """The full batch's members sorted by problem."""
         return Layout(self.problem)
 
     def predictions(self, predictor: Tensor) -> Tensor:
-        """What linear predictors say on the batch.
+        """What linear predictors say on the batch, or what they hold at its places.
 
         Args:
             predictor: (G, D) or (G, K, D), one per member of the batch.
@@ -74,6 +80,9 @@ class Batch:
         Returns:
             (G, B) or (G, B, K).
         """
+        if self.holds_places:
+            places = self.x[..., 0] * predictor.shape[-1] + self.x[..., 1]
+            return predictor.flatten(1).gather(1, places if self.problem is None else places[self.problem])
         if self.problem is None:
             if predictor.ndim == 3:
                 return self.x @ predictor.mT
@@ -86,7 +95,7 @@ class Batch:
 
     def losses(self, predictor: Tensor) -> Tensor:
         """1/(2B) times the sum of squared errors, (G,), for predictors as in `predictions`."""
-        if self.problem is None:
+        if self.problem is None or self.holds_places:
             return _half_mean_squares(self.predictions(predictor) - self.targets)
         spread = self.layout.spread(predictor)  # (P', M, [K,] D)
         noise = None if self.noise is None else self.layout.spread(self.noise)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dlnlab import checks, kernels, streams, theory
+from dlnlab import checks, kernels, theory
 from dlnlab.kernels import DualFlow, Factors, diagonal_steps
 from dlnlab.models.base import Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
@@ -156,20 +156,8 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             self._kernel = kernels.diagonal_kernel(self.problems.x, self.problems.y)
+            self._batches = self.kernel_batches()
         return self._kernel
-
-    @property
-    def kernel_batches(self) -> kernels.Batches:
-        """What each member sees at a step, as kernels take it."""
-        sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
-        return kernels.Batches(
-            torch.tensor(sizes, device=self.device),
-            torch.tensor(sampling, device=self.device),
-            self._sampling_keys,
-            self._noise_keys,
-            self._noise_std,
-        )
 
     def start_from(self, parameters: dict[str, Tensor]) -> None:
         """See `LinearNetwork.start_from`, and `start_at`."""
@@ -263,9 +251,8 @@ class DiagonalLinearNetwork(LinearNetwork):
             k = record_steps[-1] - start
         records = kernels.Records.allocate(record_steps, factors, everything)
         taken = self.kernel.advance(
-            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index,
-            self.kernel_batches, start, start + k, self.status, self.stopped_at, rule, records,
-            num_threads=kernels.num_threads(),
+            factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
+            start + k, self.status, self.stopped_at, rule, records, num_threads=kernels.num_threads(),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)

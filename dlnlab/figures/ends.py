@@ -1,0 +1,103 @@
+"""EndsFigure: where runs, their variants and other methods end, side by side."""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels
+
+
+class EndsFigure(Figure):
+    """One quantity at the last step, a row for the run, each variant and each baseline, a dot for each member.
+
+    Baselines are the variables `<quantity>_...` that were recorded (`CompletionBaselines`). A bar is the median. Members
+    that diverged are left out, and their number is given.
+
+    Args:
+        quantity: One number per member, positive; `distance`.
+        leave_out: Variants (or `main`) that are only a phase of others.
+        name: The files' name without suffix; None is the class's in snake_case.
+
+    Raises:
+        ValueError: Before a fit, if the quantity is not recorded.
+    """
+
+    def __init__(self, quantity: str = "distance", leave_out: list[str] | None = None, name: str | None = None) -> None:
+        super().__init__(name)
+        self.quantity = quantity
+        self.leave_out = leave_out or []
+
+    def check(self, variables: set[str], axes: dict[str, list]) -> None:
+        """Raise ValueError unless the quantity is recorded."""
+        del axes
+        if self.quantity not in variables:
+            raise ValueError(f"EndsFigure.quantity: {self.quantity!r} is not recorded; recorded: {sorted(variables)}")
+
+    def table(self, dataset: xr.Dataset, **variants: xr.Dataset) -> dict[str, np.ndarray]:
+        """A row for each dot.
+
+        Args:
+            dataset: A run's results.
+            **variants: Those of its variants.
+
+        Returns:
+            `line` (the run, variant or baseline), `member` and the quantity, NaN for a member that diverged.
+        """
+        columns: dict[str, list[Any]] = {"line": [], "member": [], self.quantity: []}
+        found: dict[str, np.ndarray] = {}
+        for name, data in {"main": dataset, **variants}.items():
+            if name not in self.leave_out and self.quantity in data:
+                ends = _last(data[self.quantity])
+                found[name] = np.where(_last(data["status"]) == "diverged", np.nan, ends).ravel()
+        for data in (dataset, *variants.values()):
+            for name in map(str, data.data_vars):
+                if name.startswith(f"{self.quantity}_") and name not in found:
+                    found[name.removeprefix(f"{self.quantity}_")] = _last(data[name]).ravel()
+        for name, ends in found.items():
+            columns["line"] += [name] * len(ends)
+            columns["member"] += range(len(ends))
+            columns[self.quantity] += ends.tolist()
+        return {name: np.array(column) for name, column in columns.items()}
+
+    def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
+        """Draw the table.
+
+        Args:
+            dataset: A run's results.
+            **variants: Those of its variants.
+
+        Returns:
+            The figure.
+        """
+        table = self.table(dataset, **variants)
+        names = list(dict.fromkeys(table["line"].tolist()))
+        figure, (panel,) = panels(1, height=0.5 + 0.25 * len(names))
+        everything = table[self.quantity]
+        positive = everything[np.isfinite(everything) & (everything > 0)]
+        low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
+        log_axis(panel.xaxis, low, high)
+        labels = []
+        for row, (name, colour) in enumerate(zip(names, colours(len(names)), strict=True)):
+            ends = table[self.quantity][table["line"] == name]
+            there = ends[np.isfinite(ends)]
+            height = row + 0.25 * (np.linspace(-1, 1, len(there)) if len(there) > 1 else np.zeros(len(there)))
+            panel.plot(np.maximum(there, low), height, ".", color=colour, markersize=3, alpha=0.7)
+            if len(there):
+                panel.plot([max(np.median(there), low)] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=1.6)
+            lost = len(ends) - len(there)
+            labels.append(name.replace("_", " ") + (f" ({lost} diverged)" if lost else ""))
+        panel.set_yticks(range(len(names)), labels, fontsize=SMALL_FONT_SIZE)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+        panel.set_xlabel(self.quantity.replace("_", " "))
+        return figure
+
+
+def _last(array: xr.DataArray) -> np.ndarray:
+    """The values at the last step at which there are any, (members,)."""
+    if "step" not in array.dims:
+        return array.values
+    array = array.transpose("step", ...)
+    there = array != "" if array.dtype.kind in "OU" else array.notnull()
+    steps = np.flatnonzero(there.values.reshape(len(there), -1).any(1))
+    return array.isel(step=int(steps[-1])).values

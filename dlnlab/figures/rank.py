@@ -1,0 +1,150 @@
+"""RankFigure: singular values and the rank they make, over time."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.lines import Line2D
+
+from dlnlab import checks
+from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels, quantiles
+
+_FLOOR = 1e-12
+"""Of a singular value beside the largest: below there is only rounding."""
+
+
+class RankFigure(Figure):
+    """Singular values of every member, the mean rank and the median error over time, from `RankTracker`'s records.
+
+    Each cell of the grid (all axes but `seed`) and each variant is a line; the singular values are drawn for each member
+    by itself, relative to the largest: medians would blur jumps that come at different times. A member that diverged is
+    left out from then on.
+
+    Args:
+        index: Which singular value is drawn, 2 is the second.
+        errors: What is drawn below the rank, of `distance`, `test_loss`, `train_loss` and the like, where recorded.
+        log_time: Draw the steps logarithmically.
+        leave_out: Variants (or `main`) that are not drawn: what others start from.
+        name: The files' name without suffix; None is the class's in snake_case.
+
+    Raises:
+        ValueError: If the index is below 2; before a fit, if no ranks are recorded.
+    """
+
+    def __init__(
+        self,
+        index: int = 2,
+        errors: list[str] | None = None,
+        log_time: bool = False,
+        leave_out: list[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.index = checks.integer("index", index, at_least=2)
+        self.errors = ["distance"] if errors is None else errors
+        self.log_time = checks.flag("log_time", log_time)
+        self.leave_out = leave_out or []
+
+    def check(self, variables: set[str], axes: dict[str, list]) -> None:
+        """Raise ValueError unless `RankTracker` measures."""
+        del axes
+        if not {"rank", "singular_values"} <= variables:
+            raise ValueError("RankFigure: needs rank and singular_values; add RankTracker to trainer.callbacks")
+
+    def table(self, dataset: xr.Dataset, **variants: xr.Dataset) -> dict[str, np.ndarray]:
+        """A row for each line, member and recorded step.
+
+        Args:
+            dataset: A run's results.
+            **variants: Those of its variants.
+
+        Returns:
+            `line`, `member`, `step`, `singular_value` (relative to the largest, NaN where there is none), `rank` and the
+            errors; NaN after a divergence.
+        """
+        columns: dict[str, list[Any]] = {}
+        names = ["rank", *self.errors]
+        for variant, data in {"main": dataset, **variants}.items():
+            if variant in self.leave_out:
+                continue
+            for label, cell in _cells(variant if variants else "", data):
+                kept = cell.isel(step=np.flatnonzero(cell["rank"].notnull().any("seed").values))
+                alive = (kept["status"] != "diverged").values
+                values = kept["singular_values"].values
+                second = values[..., self.index - 1] / values[..., 0] if values.shape[-1] >= self.index else np.nan
+                found = {"singular_value": second * np.ones_like(kept["rank"].values)}
+                found |= {name: kept[name].values if name in kept else np.full(alive.shape, np.nan) for name in names}
+                seeds, at = np.indices(alive.shape)
+                steps = kept.step.values[at.ravel()]
+                found = {name: np.where(alive, value, np.nan) for name, value in found.items()}
+                rows = {"line": np.full(alive.size, label), "member": seeds.ravel(), "step": steps}
+                for name, value in {**rows, **found}.items():
+                    columns.setdefault(name, []).append(np.ravel(value))
+        return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+    def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
+        """Draw the table.
+
+        Args:
+            dataset: A run's results.
+            **variants: Those of its variants.
+
+        Returns:
+            The figure.
+        """
+        table = self.table(dataset, **variants)
+        errors = [name for name in self.errors if np.isfinite(table[name]).any()]
+        lines = list(dict.fromkeys(table["line"].tolist()))
+        colour = dict(zip(lines, colours(len(lines)), strict=True))
+        figure, axes = panels(2 + len(errors), header=0.14 * -(-len(lines) // 2))
+        top, middle, *below = axes
+        log_axis(top.yaxis, _FLOOR, 1.0)
+        for line in lines:
+            own = {name: column[table["line"] == line] for name, column in table.items()}
+            for member in np.unique(own["member"]):
+                one = own["member"] == member
+                height = np.maximum(own["singular_value"][one], _FLOOR)
+                top.plot(own["step"][one], height, color=colour[line], linewidth=0.5, alpha=0.6)
+            steps = np.unique(own["step"])
+            by_step = {name: own[name].reshape(-1, len(steps)) for name in ("rank", *errors)}
+            mean = np.ma.masked_invalid(by_step["rank"]).mean(0)
+            middle.plot(steps, mean.filled(np.nan), color=colour[line], linewidth=1.1)
+            for name, panel in zip(errors, below, strict=True):
+                low, centre, high = quantiles(by_step[name].T, (0.1, 0.5, 0.9))
+                panel.fill_between(steps, low, high, color=colour[line], alpha=0.15, linewidth=0)
+                panel.plot(steps, np.where(np.isfinite(centre), centre, np.nan), color=colour[line], linewidth=1.1)
+        top.set_ylabel(rf"$s_{self.index}/s_1$")
+        middle.set_ylabel("mean rank")
+        for name, panel in zip(errors, below, strict=True):
+            drawn = table[name][np.isfinite(table[name]) & (table[name] > 0)]
+            log_axis(panel.yaxis, np.quantile(drawn, 0.01), np.quantile(drawn, 0.99))
+            panel.set_ylabel(name.replace("_", " "))
+        if self.log_time:
+            positive = table["step"][table["step"] > 0]
+            log_axis(axes[-1].xaxis, positive.min(), positive.max())
+        axes[-1].set_xlabel("optimizer step")
+        figure.align_ylabels(axes)
+        if len(lines) > 1:
+            handles = [Line2D([], [], color=colour[line], linewidth=1.1, label=line) for line in lines]
+            figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
+                          handlelength=1.8, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+        return figure
+
+
+def _cells(variant: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+    """The cells of a grid, all axes but `seed`, which is there in each, with their labels."""
+    if "seed" not in data.dims:
+        data = data.expand_dims("seed")
+    axes = [str(axis) for axis in data["status"].dims if axis not in ("seed", "step")]
+    varied = [axis for axis in axes if data.sizes[axis] > 1]
+    found = []
+    for place in product(*(range(data.sizes[axis]) for axis in axes)):
+        cell = data.isel(dict(zip(axes, place, strict=True))).transpose("seed", "step", ...)
+        values = [f"{axis.replace('_', ' ')} {_shown(cell[axis].item())}" for axis in varied]
+        found.append((", ".join(filter(None, [variant.replace("_", " "), *values])) or "all", cell))
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
