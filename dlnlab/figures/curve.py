@@ -48,6 +48,7 @@ class CurveFigure(Figure):
             between its records); or an axis, against
             which the last records stand.
         labels: Texts for variants (`main` is the run itself), quantities, axes' names and x.
+        runs: Which are drawn, `main` and variants; None is all.
         levels: Variants whose last median is a horizontal line. Against an axis, variants without it always are.
         laws: For a quantity, `[exponent, x]`: a dashed line of this power of x through the first line's median there.
         linear: Those of the quantities and x that have linear axes; shares always do.
@@ -62,6 +63,7 @@ class CurveFigure(Figure):
         quantities: list[str | list[str]] = ["distance"],  # noqa: B006 - never changed
         x: str = "step",
         labels: dict[str, str] | None = None,
+        runs: list[str] | None = None,
         levels: list[str] | None = None,
         laws: dict[str, list[float]] | None = None,
         linear: list[str] | None = None,
@@ -72,7 +74,7 @@ class CurveFigure(Figure):
         self.quantities = [quantity for panel in self.panels for quantity in panel]
         if not self.panels or not all(self.panels):
             raise ValueError(f"CurveFigure.quantities = {quantities}: every panel must name at least one variable")
-        self.x, self.labels, self.levels = x, labels or {}, levels or []
+        self.x, self.labels, self.runs, self.levels = x, labels or {}, runs, levels or []
         self.laws, self.linear = laws or {}, set(linear or ())
         for quantity, law in self.laws.items():
             if len(law) != 2 or law[1] <= 0:
@@ -155,11 +157,15 @@ class CurveFigure(Figure):
 
     def _lines(self, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> Iterator[tuple[str, xr.Dataset]]:
         levels = self._level_runs(dataset, variants)
-        return ((name, data) for name, data in {"main": dataset, **variants}.items() if name not in levels)
+        drawn = {name: data for name, data in {"main": dataset, **variants}.items() if self._draws(name)}
+        return ((name, data) for name, data in drawn.items() if name not in levels)
+
+    def _draws(self, name: str) -> bool:
+        return self.runs is None or name in self.runs
 
     def _level_runs(self, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
         without = {name for name, data in variants.items() if self.x in dataset.dims and self.x not in data.dims}
-        return {name: data for name, data in variants.items() if name in {*self.levels, *without}}
+        return {name: data for name, data in variants.items() if name in {*self.levels, *without} and self._draws(name)}
 
     def _rows(self, name: str, data: xr.Dataset) -> list[Row]:
         known = [quantity for quantity in self.quantities if quantity in data or quantity in SHARES]
@@ -188,7 +194,8 @@ class CurveFigure(Figure):
                 absent = np.isnan(array).all(1)
                 for key in [key for key in columns if key in (quantity, f"{quantity}_p10", f"{quantity}_p90")]:
                     columns[key] = np.where(absent, np.nan, columns[key])
-            label = self._line_label(name, named)
+            several = {axis: value for axis, value in named.items() if members.sizes[axis] > 1}
+            label = self._line_label(name, several)
             head = {"line": label, **named, "members": cell.sizes["seed"]}
             rows += [
                 {**head, **{key: column[i] for key, column in columns.items()}}
@@ -218,10 +225,13 @@ class CurveFigure(Figure):
         keys = [key for quantity in quantities for key in (quantity, f"{quantity}_p10")]
         drawn = [line[key] for line in lines.values() for key in keys if key in line]
         drawn = finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
+        tops = [line[f"{key}_p90"] for line in lines.values() for key in quantities if f"{key}_p90" in line]
+        tops = finite(np.concatenate([drawn, *tops]))
         if linear:
-            ceiling = drawn.max(initial=0)
+            ceiling = tops.max(initial=0)
         else:
             low, high = _ends(drawn[drawn > 0])
+            high = max(high, min(tops.max(initial=0), 10 * high))
             log_axis(panel.yaxis, max(low, high * 10.0**-_MOST_DECADES), high)
             ceiling = panel.get_ylim()[1]
         panel.set_ylabel(self._text(quantities[0]))
@@ -230,6 +240,8 @@ class CurveFigure(Figure):
             if quantity not in line or np.isnan(line[quantity]).all():
                 continue
             there = ~np.isnan(line[quantity]) & ~np.isnan(line[self.x])
+            there &= (line[self.x] > 0) | (self.x in self.linear)
+            there &= (line[quantity] > 0) | linear
             x, y = line[self.x][there], line[quantity][there]
             if f"{quantity}_p10" in line:
                 low, high = (np.minimum(line[f"{quantity}_{end}"][there], ceiling) for end in ("p10", "p90"))

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, panels
+from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels
 
 _EFFECTIVE = {
     "sharpness": "effective_sharpness",
@@ -106,14 +106,15 @@ class EdgeFigure(Figure):
                     edge = table[f"{quantity}_edge"][line]
                     known = np.isfinite(edge)
                     panel.plot(step[known], edge[known], color=colour, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.8)
-        axes[0].set_yscale("log")
+        losses = table["train_loss"][np.isfinite(table["train_loss"]) & (table["train_loss"] > 0)]
+        log_axis(axes[0].yaxis, losses.min() if len(losses) else 0.1, losses.max() if len(losses) else 1.0)
         for panel, quantity in zip(axes, ("train_loss", *self.quantities), strict=True):
             panel.set_ylabel(quantity.replace("_", " "))
             if quantity.startswith("effective_"):
                 panel.axhline(2, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)))
         axes[-1].set_xlabel("1 + optimizer step" if self.log_steps else "optimizer step")
         if self.log_steps:
-            axes[-1].set_xscale("log")
+            log_axis(axes[-1].xaxis, 1, 1 + table["step"].max())
         figure.align_ylabels(axes)
         if len(names) > 1:
             handles, labels = axes[0].get_legend_handles_labels()
@@ -124,7 +125,9 @@ class EdgeFigure(Figure):
     @staticmethod
     def _edge(cell: xr.Dataset, quantity: str) -> np.ndarray:
         effective = _EFFECTIVE.get(quantity)
-        if effective not in cell:
+        # Beside a preconditioned one, the effective sharpness is that one's.
+        another = quantity == "sharpness" and "preconditioned_sharpness" in cell
+        if effective not in cell or another:
             return np.full(cell.sizes["step"], np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             edges = 2 * cell[quantity] / cell[effective]

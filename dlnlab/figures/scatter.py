@@ -140,6 +140,6 @@ class ScatterFigure(Figure):
                 if chosen.sum() > _FEWEST:
                     found.append(np.corrcoef(ranks)[0, 1])
             if found:
-                label = "" if self.colour is None else f"{value_label(self.colour, kind)} "
+                label = "" if self.colour is None else f"{value_label(self.colour, kind)}: "
                 texts.append(f"{label}{np.median(found):.2f}")
-        return f"rank correlation: {', '.join(texts)}" if texts else ""
+        return f"rank correlation  {'  '.join(texts)}" if texts else ""
