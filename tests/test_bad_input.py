@@ -234,7 +234,8 @@ for name, words in {
 
 # Classes --------------------------------------------------------------------------------------------------------------
 
-MODEL, DATA = "there are DiagonalLinearNetwork", "SparseRegression, TabularRegression"
+MODEL = "there are DeepLinearNetwork, DiagonalLinearNetwork"
+DATA = "LowRankCompletion, ObservedEntries, SparseRegression, TabularRegression"
 OPTIMIZER = "model.init_args.optimizer"
 
 
@@ -328,7 +329,10 @@ values("guard", "must be a mapping", 3)
 values("guard.tol", "must be", -1, NAN, INF, "x")
 values("guard.bound", "must be", 0, None, NAN, INF, "x", HUGE)
 values("guard.every_n_steps", "must be", 0, None, 1.5, HUGE)
-CALLBACKS = "there are GainTracker, PredictorNorm, RunCheckpoint, SupportRecovery"
+CALLBACKS = (
+    "there are CompletionBaselines, GainTracker, ImplicitBias, PredictorNorm, RankJumps, RankTracker, RunCheckpoint, "
+    "SupportRecovery"
+)
 case("callback-typo", ["trainer.callbacks: no class 'GainTrakcer'", CALLBACKS], callback("GainTrakcer"))
 case("callback-no-argument", "GainTracker has no argument 'x'", callback("GainTracker", x=1))
 case("callback-number", ["trainer.callbacks = 3", CALLBACKS], {"trainer.callbacks": [3]})
