@@ -64,7 +64,8 @@ class StepSizeFigure(Figure):
         quantities: Variables with one number per member, a panel each; None is those of distance and test_loss that
             are recorded.
         settled: A running member converges if train_loss has fallen below this part of its value at step 0.
-        over: A recorded variable, one number per member, that the step sizes are divided by: `flow_edge`.
+        over: A recorded variable, one number per member, that the step sizes are divided by: `flow_edge`. Positions at
+            the ends that fewer than half of the seeds reach are left out.
         name: The files' name without suffix; None is `step_size_figure`.
 
     Raises:
@@ -209,7 +210,10 @@ class StepSizeFigure(Figure):
         width = np.median(np.diff(np.sort(np.log(values)))) if len(values) > 1 else np.log(10) / 3
         # Half a bin from 1, so that no bin holds members on both sides of the edge.
         bins = np.ceil(np.log(ratios) / width)
-        numbers = np.unique(bins)
+        numbers, counts = np.unique(bins, return_counts=True)
+        # At the ends are only the seeds with the smallest or the largest edges: no median of all.
+        full = np.flatnonzero(2 * counts >= counts.max())
+        numbers = numbers[full[0] : full[-1] + 1]
         return np.exp((numbers - 0.5) * width), [bins == number for number in numbers]
 
 

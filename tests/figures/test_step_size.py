@@ -334,12 +334,18 @@ def test_over_an_edge_members_are_gathered_by_their_own_ratio():
     lr, edges = np.array(LR)[:, None], np.array([0.1, 0.2, 0.3])
     width = np.median(np.diff(np.log(LR)))
     table = StepSizeFigure(over="flow_edge").table(over_an_edge(lr / edges, edges))
-    assert (np.diff(table["lr_over_flow_edge"]) > 0).all() and table["members"].sum() == 15
+    assert (np.diff(table["lr_over_flow_edge"]) > 0).all() and 10 <= table["members"].sum() <= 15
     half = np.exp(width / 2)
     assert (
         table["distance"] <= table["lr_over_flow_edge"] * half * (1 + 1e-9)
     ).all()  # 1e-9: rounding of the bins' ends
     assert (table["distance"] >= table["lr_over_flow_edge"] / half * (1 - 1e-9)).all()
+
+
+def test_over_an_edge_positions_that_few_seeds_reach_are_left_out():
+    edges = np.array([0.1] * 9 + [100.0])  # the last seed's ratios are a thousandth of the others'
+    table = StepSizeFigure(over="flow_edge").table(over_an_edge(np.ones((5, 10)), edges))
+    assert table["lr_over_flow_edge"].min() > 0.01 * min(LR) / 0.1 and (table["members"] == 9).all()
 
 
 def test_no_bin_holds_members_on_both_sides_of_the_edge():
