@@ -10,10 +10,9 @@ from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.replay import Replay
 from dlnlab.kernels import Records
 from dlnlab.models import DiagonalLinearNetwork
-from dlnlab.models.base import DIVERGED
+from dlnlab.models.base import DIVERGED, RUNNING
+from dlnlab.theory.gain import QUADRATIC
 
-_LARGEST_STEP = 0.8926
-"""While max|lr g| is below, x^2 <= q(x) <= 2 x^2."""
 _RECORD_BYTES = 32 * 2**20
 
 
@@ -64,11 +63,11 @@ class GainBounds(Measurement):
         batches = list(zip(model.per_member("batch_size"), model.per_member("sampling"), strict=True))
         for size, sampling in dict.fromkeys(batches):
             at = torch.tensor([kind == (size, sampling) for kind in batches], device=lr.device)
-            drawn = (x.shape[1], "subset") if size == "full" else (size, sampling)
+            drawn = model.drawn(size, sampling)
             low, high = theory.expected_gain_bounds(lr[at], loss_sum[at], x[at], *drawn)
             values["gain_lower_bound"][at], values["gain_upper_bound"][at] = low, high
             values["gamma_LB"][at] = theory.gamma_LB(lr[at], x[at], drawn[0], beta_max[at], drawn[1])
-        too_far = optimizer.factors(optimizer.pairs[0]).largest_step > _LARGEST_STEP
+        too_far = optimizer.factors(optimizer.pairs[0]).largest_step > QUADRATIC
         for name in ("gain_lower_bound", "gain_upper_bound"):
             values[name] = values[name].where(~too_far, torch.nan)
         lost = model.status == DIVERGED
@@ -91,6 +90,6 @@ def _along(replay: Replay, lr: Tensor, num_steps: int, tol: float) -> tuple[Tens
         now = taken[-1]
         beta = (records.w_plus.square_() - records.w_minus.square_()) / 2
         largest = torch.maximum(largest, beta.abs().amax((0, 2)).to(largest))
-        if bool((status != 0).all()):  # what is left is below the tolerance
+        if bool((status != RUNNING).all()):  # what is left is below the tolerance
             break
     return total, largest

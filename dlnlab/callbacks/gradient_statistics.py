@@ -51,9 +51,8 @@ class GradientStatistics(Measurement):
         kinds = list(zip(model.per_member("batch_size"), model.per_member("sampling"), strict=True))
         for size, sampling in dict.fromkeys(kinds):
             members = [i for i, kind in enumerate(kinds) if kind == (size, sampling)]
-            # The full set is no sample, whatever the sampling.
-            size, sampling = (n, "subset") if size == "full" else (size, sampling)
-            w = theory.batch_weight(size, n, sampling)
-            measured[members] = theory.gradient_second_moment(x[members], residual[members], size, sampling)
+            drawn = model.drawn(size, sampling)
+            w = theory.batch_weight(drawn[0], n, drawn[1])
+            measured[members] = theory.gradient_second_moment(x[members], residual[members], *drawn)
             law[members] = w * single[members] + (1 - w) * full[members]
         return {"gradient_square": measured, "gradient_square_law": law}

@@ -11,7 +11,7 @@ from dlnlab.data.base import Problems
 from dlnlab.models import DiagonalLinearNetwork
 from dlnlab.models.base import DIVERGED
 from dlnlab.optim import GradientFlow, StochasticGradientFlow
-from dlnlab.optim.base import PairOptimizer
+from dlnlab.optim.base import PairOptimizer, log_start
 
 
 class ImplicitBias(Measurement):
@@ -142,8 +142,7 @@ class ImplicitBias(Measurement):
     def _start(model: DiagonalLinearNetwork) -> tuple[Tensor, Tensor]:
         """Ln alpha and ln|w+(0)/w-(0)| of the start, (E, D)."""
         initial = model._optimizer.state[model.w_plus]
-        plus, minus = (initial[f"initial_{side}"].abs().log() for side in ("plus", "minus"))
-        return (plus + minus) / 2, plus - minus
+        return log_start(initial["initial_plus"], initial["initial_minus"])
 
     @staticmethod
     def _nearest(model: Any, problem: Tensor, log_init: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,6 @@ class LeadingGain(Measurement):
     def _laws(self, model: DiagonalLinearNetwork) -> dict[str, Tensor]:
         x, y = model.problems.x.double(), model.problems.y.double()
         alpha = (model.w_plus * model.w_minus).detach().abs().sqrt().double()
-        n = x.shape[1]
         # Members of one problem and one initialisation share the flow.
         kinds = [(p, tuple(a)) for p, a in zip(model.problem_index.tolist(), alpha.tolist(), strict=True)]
         distinct = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
@@ -59,7 +58,8 @@ class LeadingGain(Measurement):
         law = torch.empty_like(alpha)
         batches = list(zip(model.per_member("batch_size"), model.per_member("sampling"), strict=True))
         for i, (kind, (size, sampling)) in enumerate(zip(kinds, batches, strict=True)):
-            size, sampling = (n, "subset") if size == "full" else (size, sampling)
             flow = distinct[kind]
-            law[i] = theory.leading_gain(lr[i], x[kind[0]], residual[flow], gradient[flow], size, sampling)
+            law[i] = theory.leading_gain(
+                lr[i], x[kind[0]], residual[flow], gradient[flow], *model.drawn(size, sampling)
+            )
         return {"gain_law": law, "gain_l1_law": law.sum(-1)}

@@ -11,6 +11,7 @@ from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.replay import Replay
 from dlnlab.kernels import Records
 from dlnlab.models import DiagonalLinearNetwork
+from dlnlab.models.base import DIVERGED
 
 Trial = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(members (T,), step sizes (T,)) -> whether they converged, whether they diverged, boolean (T,)."""
@@ -112,7 +113,7 @@ class Thresholds(Measurement):
                 tol = 1e-6 * float(wanted.min())  # by chance a loss that oscillates may pass, but not so low
                 status = replay.advance(tried, factors, lr, 0, num_steps, tol, records=records)
                 settled = (records.train_loss.to(wanted) <= wanted).all(0)
-                diverged = (status == 2).to(wanted.device)  # back at a state from before, with a loss of then
+                diverged = (status == DIVERGED).to(wanted.device)  # back at a state from before, with a loss of then
                 return settled & ~diverged, diverged
 
             unit = edges["mean_square_edge"]
@@ -155,8 +156,9 @@ def edges_of(
     batches = [(sizes[i], samplings[i]) for i in members.tolist()]
     for size, sampling in dict.fromkeys(batches):
         alike = torch.tensor([batch == (size, sampling) for batch in batches], device=x.device)
-        b, way = (x.shape[1], "subset") if size == "full" else (size, sampling)
-        found = theory.stability(theory.Interpolator(x[problem[alike]], beta[alike], init[alike]), b, way)
+        found = theory.stability(
+            theory.Interpolator(x[problem[alike]], beta[alike], init[alike]), *model.drawn(size, sampling)
+        )
         edges["mean_square_edge"][alike] = found.mean_square_edge
         if almost_sure:
             edges["almost_sure_edge"][alike] = found.edge if size == "full" else found.almost_sure_edge()[0]

@@ -42,6 +42,8 @@ COLUMN_WIDTH = 3.4
 """Inches of a column of a two-column paper."""
 PAGE_WIDTH = 7.0
 """Inches of both."""
+MOST_COLUMNS = 6
+"""Panels side by side."""
 FONT_SIZE = 8.0
 SMALL_FONT_SIZE = 7.0
 GREY = "#6e6e6e"
@@ -374,6 +376,19 @@ def finite(values: np.ndarray) -> np.ndarray:
         The finite ones (n,).
     """
     return values[np.isfinite(values)]
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows of a table as its columns, NaN where a row has no such entry.
+
+    Args:
+        rows: One mapping for each row.
+
+    Returns:
+        name -> (rows,), in the order in which the names come.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from matplotlib.lines import Line2D
 from dlnlab import checks
 from dlnlab.figures.base import (
     GREY,
+    MOST_COLUMNS,
     SMALL_FONT_SIZE,
     Canvas,
     Cell,
@@ -18,8 +19,6 @@ from dlnlab.figures.base import (
     log_axis,
     panels,
 )
-
-MOST_COLUMNS = 6
 
 
 class CoordinatePathsFigure(Figure):

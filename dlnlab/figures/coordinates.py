@@ -12,20 +12,20 @@ from dlnlab import checks
 from dlnlab.figures.base import (
     FONT_SIZE,
     GREY,
+    MOST_COLUMNS,
     SMALL_FONT_SIZE,
     Canvas,
     Cell,
     Figure,
     cells,
     colours,
+    columns_of,
     last,
     legend,
     log_axis,
     panels,
     value_label,
 )
-
-MOST_COLUMNS = 6
 
 
 class CoordinatesFigure(Figure):
@@ -108,8 +108,7 @@ class CoordinatesFigure(Figure):
                 {"line": cell.label(), **cell.values, **{key: column[i] for key, column in columns.items()}}
                 for i in range(size)
             ]
-        columns = dict.fromkeys(key for row in rows for key in row)
-        return {key: np.array([row.get(key, np.nan) for row in rows]) for key in columns}
+        return columns_of(rows)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the table.

@@ -17,6 +17,7 @@ from dlnlab.figures.base import (
     Canvas,
     Figure,
     colours,
+    columns_of,
     final,
     finite,
     legend,
@@ -114,8 +115,7 @@ class CurveFigure(Figure):
             for quantity in set(self.quantities) & set(map(str, data.data_vars)):
                 level = float(quantiles(final(data, quantity).values.ravel(), (0.5,))[0])
                 rows = [{**row, f"{quantity}_{name}": level} for row in rows]
-        columns = dict.fromkeys(key for row in rows for key in row)
-        return {key: np.array([row.get(key, np.nan) for row in rows]) for key in columns}
+        return columns_of(rows)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the table.

@@ -12,12 +12,14 @@ from dlnlab import checks
 from dlnlab.figures.base import (
     FONT_SIZE,
     GREY,
+    MOST_COLUMNS,
     SMALL_FONT_SIZE,
     Canvas,
     Cell,
     Figure,
     cells,
     colours,
+    columns_of,
     final,
     last,
     legend,
@@ -27,8 +29,6 @@ from dlnlab.figures.base import (
     quantiles,
     value_label,
 )
-
-MOST_COLUMNS = 6
 
 
 class FinalValueFigure(Figure):
@@ -102,8 +102,7 @@ class FinalValueFigure(Figure):
                 {"line": cell.label(), **cell.values, **{key: column[i] for key, column in columns.items()}}
                 for i in range(len(columns[self.x]))
             ]
-        columns = dict.fromkeys(key for row in rows for key in row)
-        return {key: np.array([row.get(key, np.nan) for row in rows]) for key in columns}
+        return columns_of(rows)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the table.

@@ -19,6 +19,7 @@ from dlnlab.figures.base import (
     Figure,
     cells,
     colours,
+    columns_of,
     final,
     finite,
     last,
@@ -124,8 +125,7 @@ class StepSizeFigure(Figure):
         for quantity in quantities:
             for level, value in _levels(quantity, dataset, variants).items():
                 rows = [{**row, f"{quantity}_{level}": value} for row in rows]
-        columns = dict.fromkeys(key for row in rows for key in row)
-        return {key: np.array([row.get(key, np.nan) for row in rows]) for key in columns}
+        return columns_of(rows)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the table.

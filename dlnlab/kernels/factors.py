@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dlnlab.theory.gain import QUADRATIC
+
 PERIOD = 32
 """Products are renormalised at absolute steps divisible by this, so that no result depends on chunks."""
 
@@ -182,7 +184,7 @@ class Factors:
         """By how much sum |x|^2 <= |Gain|_1 <= 2 sum |x|^2 fails, (...); NaN once a step had |x| > 0.8926."""
         size = self.gain().sum(-1)
         excess = torch.maximum(self.square_sum - size, size - 2 * self.square_sum).clamp(min=0)
-        return torch.where(self.largest_step <= _SANDWICHED, excess, torch.nan)
+        return torch.where(self.largest_step <= QUADRATIC, excess, torch.nan)
 
     def _logs(self, way: int) -> Tensor:
         return torch.log(self.initial_plus.abs()) + way * torch.log(self.initial_minus.abs())
@@ -193,7 +195,3 @@ class Factors:
         near = floors(self.w_plus.dtype)[1]
         usable = (w_plus > near) & (w_minus > near) & torch.isfinite(error)
         return torch.where(usable, error, 0.0).amax(-1)
-
-
-_SANDWICHED = 0.8926
-"""q(x) <= 2 x^2 up to here: the root of -ln(1 - z) = 2 z is z = 0.79681 (even2023's bounds in this form: derived here)."""

@@ -269,6 +269,10 @@ class LinearNetwork(LightningModule):
         """The same as a tensor (E,) of the model's dtype, on its device."""
         return torch.tensor(self.per_member(name), dtype=self.number_type, device=self.device)
 
+    def drawn(self, size: int | Literal["full"], sampling: str) -> tuple[int, str]:
+        """A batch size and its sampling as theory takes them: the full batch is all rows, none of them twice."""
+        return (self.problems.x.shape[1], "subset") if size == "full" else (size, sampling)
+
     def init_normals(self, *shape: int) -> Tensor:
         """Standard normal numbers for an initialisation, (E, *shape), each member's from its own seed."""
         key = streams.keys(self.ensemble.root, "init", self.ensemble.seed)
@@ -707,7 +711,7 @@ class LinearNetwork(LightningModule):
             found[name] = self._of_optimizer(name)
             if callable(found[name]) and self._optimizer.pairs[0]["form"] != "squares":
                 found[name] = "the factors are u and v, in which the imbalance cancels; keep w+ and w- (form `squares`)"
-        if hasattr(type(self._optimizer), "loss_integral") or hasattr(self._optimizer, "loss_integral"):
+        if hasattr(self._optimizer, "loss_integral"):
             found["loss_integral"] = lambda: self._optimizer.loss_integral.expand(self.num_members)
         return found
 
