@@ -18,6 +18,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from dlnlab import figures
+
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 1000
 """Pixels of a picture."""
@@ -54,7 +56,14 @@ def question_and_finding(name: str) -> tuple[str, str]:
 
 def picture_of(name: str) -> Path:
     """Where a config's picture lies."""
-    return ROOT / "docs" / "images" / f"{name.rpartition('/')[2]}.png"
+    return ROOT / "docs" / "images" / f"{name}.png"
+
+
+def first_figure(name: str) -> str:
+    """The name of a config's first figure, which its files bear."""
+    chosen = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["figures"][0]
+    arguments = chosen.get("init_args", {})
+    return getattr(figures, chosen["class_path"])(**arguments).name
 
 
 def draw(name: str) -> float:
@@ -72,21 +81,17 @@ def draw(name: str) -> float:
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr}")
         run = Path(root) / done.stdout.splitlines()[-1].removeprefix("run: ")
-        config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-        chosen = config["figures"][0]
-        pictures = sorted((run / "figures").glob("*.png"))
-        title = chosen.get("init_args", {}).get("name") if isinstance(chosen, dict) else None
-        first = next((picture for picture in pictures if picture.stem == title), pictures[0])
-        shrink(first, picture_of(name))
+        shrink(run / "figures" / f"{first_figure(name)}.png", picture_of(name))
     return time.perf_counter() - began
 
 
 def shrink(source: Path, target: Path) -> None:
     """A picture of `WIDTH` pixels in few colours."""
+    target.parent.mkdir(exist_ok=True)
     picture = Image.open(source).convert("RGB")
     if picture.width > WIDTH:
         picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
+    picture.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def page() -> str:
@@ -116,7 +121,7 @@ def page() -> str:
             "",
             f"```bash\npython -m dlnlab fit --config configs/{name}.yaml\n```",
             "",
-            f'<img src="images/{picture_of(name).name}" width="{width}" alt="{name}">',
+            f'<img src="images/{name}.png" width="{width}" alt="{name}">',
             "",
         ]
     return "\n".join(text)

@@ -31,12 +31,14 @@ class LowRankCompletion(SyntheticData):
         min_observed: So many entries at least are observed in every row and every column; N must be at least
             min_observed (K + D), or all entries. Otherwise they are drawn uniformly.
         noise_std: Standard deviation of the noise on the observed entries, not negative. May be an axis.
+        fullest_columns: Of the observed entries train on those only that lie in so many columns, the ones with the most:
+            the first N fullest_columns/D of them, rounded up, which are always there. All others are the test set.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Reference:
-        wang2024 (the task; its sizes could not be confirmed).
+        wang2024 (the task, whose sizes could not be confirmed; that drawing entries of r columns only leads to rank r).
     """
 
     axes: ClassVar[tuple[str, ...]] = ("rank", "noise_std")
@@ -51,6 +53,7 @@ class LowRankCompletion(SyntheticData):
         num_observed: int | None = None,
         min_observed: int = 1,
         noise_std: float = 0.0,
+        fullest_columns: int | None = None,
     ) -> None:
         if not isinstance(shape, list | tuple) or len(shape) != 2:
             raise ValueError(f"shape = {checks.shown(shape)}: must be two numbers, rows and columns")
@@ -61,7 +64,12 @@ class LowRankCompletion(SyntheticData):
             num_observed = max(1, round(observed_fraction * height * dim))
         else:
             checks.integer("num_observed", num_observed, at_least=1, at_most=height * dim)
-        super().__init__(height * dim - num_observed)
+        self.fullest_columns = fullest_columns
+        self.num_trained = num_observed
+        if fullest_columns is not None:
+            checks.integer("fullest_columns", fullest_columns, at_least=1, at_most=dim)
+            self.num_trained = -(-num_observed * fullest_columns // dim)
+        super().__init__(height * dim - self.num_trained)
         self.matrix_shape = height, dim
         self.shape = height, dim
         self.rank = rank
@@ -101,9 +109,13 @@ class LowRankCompletion(SyntheticData):
         matrix = u @ v.T
         order = self._order(stream)
         places = torch.stack((order // dim, order % dim), dim=1)
-        y = matrix[places[:, 0], places[:, 1]]
-        noise = values["noise_std"] * stream.normals("noise", (self.num_observed,))
-        return places, torch.cat((y[: self.num_observed] + noise, y[self.num_observed :])), matrix
+        noise = torch.zeros(len(order), dtype=torch.float64, device=order.device)
+        noise[: self.num_observed] = values["noise_std"] * stream.normals("noise", (self.num_observed,))
+        if self.fullest_columns is not None:
+            chosen = self._in_fullest_columns(places)
+            places, noise = places[chosen], noise[chosen]
+        noise[self.num_trained :] = 0
+        return places, matrix[places[:, 0], places[:, 1]] + noise, matrix
 
     def _order(self, stream: Stream) -> Tensor:
         """All places as numbers, the observed first."""
@@ -116,3 +128,11 @@ class LowRankCompletion(SyntheticData):
             lowest = lots.argsort(dim=axis, stable=True).narrow(axis, 0, self.min_observed)
             first |= torch.zeros_like(first).scatter_(axis, lowest, True)
         return torch.where(first, lots - 1, lots).flatten().argsort(stable=True)
+
+    def _in_fullest_columns(self, places: Tensor) -> Tensor:
+        """An order of the places, those to train on first."""
+        counts = places[: self.num_observed, 1].bincount(minlength=self.shape[1])
+        fullest = counts.argsort(descending=True, stable=True)[: self.fullest_columns]
+        there = torch.isin(places[:, 1], fullest)
+        there[self.num_observed :] = False
+        return (~there).to(torch.int8).argsort(stable=True)

@@ -17,6 +17,7 @@ from dlnlab.figures.rank import RankFigure
 from dlnlab.figures.scatter import ScatterFigure
 from dlnlab.figures.step_size import StepSizeFigure
 from dlnlab.figures.variant_distance import VariantDistanceFigure
+from dlnlab.figures.waiting import WaitingFigure
 
 __all__ = [
     "AxisFigure",
@@ -36,4 +37,5 @@ __all__ = [
     "ScatterFigure",
     "StepSizeFigure",
     "VariantDistanceFigure",
+    "WaitingFigure",
 ]

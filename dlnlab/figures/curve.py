@@ -54,6 +54,7 @@ class CurveFigure(Figure):
         levels: Variants whose last median is a horizontal line. Against an axis, variants without it always are.
         laws: For a quantity, `[exponent, x]`: a dashed line of this power of x through the first line's median there.
         linear: Those of the quantities and x that have linear axes; shares always do.
+        means: Those of the quantities of which the mean over seeds is drawn, without a band: counts, and what is 0 or 1.
         name: The files' name without suffix; None is `curve_figure`.
 
     Raises:
@@ -69,6 +70,7 @@ class CurveFigure(Figure):
         levels: list[str] | None = None,
         laws: dict[str, list[float]] | None = None,
         linear: list[str] | None = None,
+        means: list[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -78,6 +80,7 @@ class CurveFigure(Figure):
             raise ValueError(f"CurveFigure.quantities = {quantities}: every panel must name at least one variable")
         self.x, self.labels, self.runs, self.levels = x, labels or {}, runs, levels or []
         self.laws, self.linear = laws or {}, set(linear or ())
+        self.means = {*SHARES, *(means or ())}
         for quantity, law in self.laws.items():
             if len(law) != 2 or law[1] <= 0:
                 raise ValueError(f"CurveFigure.laws.{quantity} = {law}: must be [exponent, x], with x > 0")
@@ -104,7 +107,7 @@ class CurveFigure(Figure):
         Returns:
             `line` (its label), its axes, x under its own name; for each quantity the median `<quantity>`,
             `<quantity>_p10` and `<quantity>_p90`, infinite where they are lost to divergence, NaN where a variant has no
-            such variable; the number of `members`; and the levels, `<quantity>_<variant>`.
+            such variable (of `means` the mean alone); the number of `members`; and the levels, `<quantity>_<variant>`.
 
         Raises:
             ValueError: If x or a quantity is missing or has no single number per member.
@@ -183,7 +186,7 @@ class CurveFigure(Figure):
                     columns[self.x] = np.median(cell[self.x].values, axis=1)
             for quantity in known:
                 array = cell[quantity].values
-                if quantity in SHARES:
+                if quantity in self.means:
                     columns[quantity] = array.mean(1)
                 else:
                     low, columns[quantity], high = quantiles(array, (0.1, 0.5, 0.9))
@@ -287,7 +290,7 @@ class CurveFigure(Figure):
             of = f" of {self._text(quantity)}" if len(self.laws) > 1 else ""
             handles.append(Line2D([], [], color=GREY, linestyle=(0, (5, 2)), linewidth=0.8,
                                   label=f"slope {exponent:g}{of}"))  # fmt: skip
-        if (size := table["members"].max()) > 1 and any(quantity not in SHARES for quantity in self.quantities):
+        if (size := table["members"].max()) > 1 and not self.means.issuperset(self.quantities):
             handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size:g} seeds"))
         return handles
 

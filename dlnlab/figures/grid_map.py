@@ -17,6 +17,7 @@ class GridMapFigure(Figure):
         x: The axis drawn along x.
         y: The axis drawn along y.
         leave_out: Variants (or `main`) that are not drawn: what others start from.
+        labels: Texts for variants (`main` is the run itself).
         name: The files' name without suffix; None is the class's in snake_case.
 
     Raises:
@@ -29,6 +30,7 @@ class GridMapFigure(Figure):
         x: str = "lr",
         y: str = "weight_decay",
         leave_out: list[str] | None = None,
+        labels: dict[str, str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -36,6 +38,7 @@ class GridMapFigure(Figure):
         self.x = x
         self.y = y
         self.leave_out = leave_out or []
+        self.labels = labels or {}
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
         """Raise ValueError unless there are the quantity and both axes."""
@@ -107,7 +110,7 @@ class GridMapFigure(Figure):
                 axis.set_minor_formatter(NullFormatter())
             panel.set_ylabel(self.y.replace("_", " "))
             if len(names) > 1:
-                panel.set_title(name, fontsize=FONT_SIZE)
+                panel.set_title(self.labels.get(name, name.replace("_", " ")), fontsize=FONT_SIZE)
             bar = figure.colorbar(image, ax=panel)
             bar.set_label(f"mean {self.quantity.replace('_', ' ')}", fontsize=SMALL_FONT_SIZE)
             bar.ax.tick_params(labelsize=SMALL_FONT_SIZE)

@@ -1,15 +1,16 @@
 """RankFigure: singular values and the rank they make, over time."""
 
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels, quantiles
+from dlnlab.figures.base import Canvas, Figure, colours, legend, log_axis, panels, quantiles
 
+X_LABELS = {"step": "optimizer step", "time": "time"}
 _FLOOR = 1e-12
 """Of a singular value beside the largest: below there is only rounding."""
 
@@ -24,7 +25,8 @@ class RankFigure(Figure):
     Args:
         index: Which singular value is drawn, 2 is the second.
         errors: What is drawn below the rank, of `distance`, `test_loss`, `train_loss` and the like, where recorded.
-        log_time: Draw the steps logarithmically.
+        x: `step` or `time`.
+        log_time: Draw it logarithmically.
         leave_out: Variants (or `main`) that are not drawn: what others start from.
         name: The files' name without suffix; None is the class's in snake_case.
 
@@ -36,6 +38,7 @@ class RankFigure(Figure):
         self,
         index: int = 2,
         errors: list[str] | None = None,
+        x: Literal["step", "time"] = "step",
         log_time: bool = False,
         leave_out: list[str] | None = None,
         name: str | None = None,
@@ -43,6 +46,7 @@ class RankFigure(Figure):
         super().__init__(name)
         self.index = checks.integer("index", index, at_least=2)
         self.errors = ["distance"] if errors is None else errors
+        self.x = checks.one_of("RankFigure.x", x, X_LABELS)
         self.log_time = checks.flag("log_time", log_time)
         self.leave_out = leave_out or []
 
@@ -60,15 +64,15 @@ class RankFigure(Figure):
             **variants: Those of its variants.
 
         Returns:
-            `line`, `member`, `step`, `singular_value` (relative to the largest, NaN where there is none), `rank` and the
-            errors; NaN after a divergence.
+            `line`, `member`, `step`, `time`, `singular_value` (relative to the largest, NaN where there is none), `rank`
+            and the errors; NaN after a divergence.
         """
         columns: dict[str, list[Any]] = {}
         names = ["rank", *self.errors]
         for variant, data in {"main": dataset, **variants}.items():
             if variant in self.leave_out:
                 continue
-            for label, cell in _cells(variant if variants else "", data):
+            for label, cell in cells(variant if variants else "", data):
                 kept = cell.isel(step=np.flatnonzero(cell["rank"].notnull().any("seed").values))
                 alive = (kept["status"] != "diverged").values
                 values = kept["singular_values"].values
@@ -79,6 +83,7 @@ class RankFigure(Figure):
                 steps = kept.step.values[at.ravel()]
                 found = {name: np.where(alive, value, np.nan) for name, value in found.items()}
                 rows = {"line": np.full(alive.size, label), "member": seeds.ravel(), "step": steps}
+                rows["time"] = kept["time"].broadcast_like(kept["rank"]).transpose("seed", "step").values
                 for name, value in {**rows, **found}.items():
                     columns.setdefault(name, []).append(np.ravel(value))
         return {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -97,7 +102,8 @@ class RankFigure(Figure):
         errors = [name for name in self.errors if np.isfinite(table[name]).any()]
         lines = list(dict.fromkeys(table["line"].tolist()))
         colour = dict(zip(lines, colours(len(lines)), strict=True))
-        figure, axes = panels(2 + len(errors), header=0.14 * -(-len(lines) // 2))
+        columns = 1 if max(map(len, lines)) > 26 else 2
+        figure, axes = panels(2 + len(errors), header=0.14 * -(-len(lines) // columns))
         top, middle, *below = axes
         log_axis(top.yaxis, _FLOOR, 1.0)
         for line in lines:
@@ -105,15 +111,16 @@ class RankFigure(Figure):
             for member in np.unique(own["member"]):
                 one = own["member"] == member
                 height = np.maximum(own["singular_value"][one], _FLOOR)
-                top.plot(own["step"][one], height, color=colour[line], linewidth=0.5, alpha=0.6)
+                top.plot(own[self.x][one], height, color=colour[line], linewidth=0.5, alpha=0.6)
             steps = np.unique(own["step"])
-            by_step = {name: own[name].reshape(-1, len(steps)) for name in ("rank", *errors)}
+            by_step = {name: own[name].reshape(-1, len(steps)) for name in (self.x, "rank", *errors)}
+            at = np.median(by_step[self.x], axis=0)
             mean = np.ma.masked_invalid(by_step["rank"]).mean(0)
-            middle.plot(steps, mean.filled(np.nan), color=colour[line], linewidth=1.1)
+            middle.plot(at, mean.filled(np.nan), color=colour[line], linewidth=1.1)
             for name, panel in zip(errors, below, strict=True):
                 low, centre, high = quantiles(by_step[name].T, (0.1, 0.5, 0.9))
-                panel.fill_between(steps, low, high, color=colour[line], alpha=0.15, linewidth=0)
-                panel.plot(steps, np.where(np.isfinite(centre), centre, np.nan), color=colour[line], linewidth=1.1)
+                panel.fill_between(at, low, high, color=colour[line], alpha=0.15, linewidth=0)
+                panel.plot(at, np.where(np.isfinite(centre), centre, np.nan), color=colour[line], linewidth=1.1)
         top.set_ylabel(rf"$s_{self.index}/s_1$")
         middle.set_ylabel("mean rank")
         for name, panel in zip(errors, below, strict=True):
@@ -121,18 +128,16 @@ class RankFigure(Figure):
             log_axis(panel.yaxis, np.quantile(drawn, 0.01), np.quantile(drawn, 0.99))
             panel.set_ylabel(name.replace("_", " "))
         if self.log_time:
-            positive = table["step"][table["step"] > 0]
+            positive = table[self.x][table[self.x] > 0]
             log_axis(axes[-1].xaxis, positive.min(), positive.max())
-        axes[-1].set_xlabel("optimizer step")
+        axes[-1].set_xlabel(X_LABELS[self.x])
         figure.align_ylabels(axes)
         if len(lines) > 1:
-            handles = [Line2D([], [], color=colour[line], linewidth=1.1, label=line) for line in lines]
-            figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=SMALL_FONT_SIZE,
-                          handlelength=1.8, columnspacing=1.2, labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+            legend(figure, [Line2D([], [], color=colour[line], linewidth=1.1, label=line) for line in lines], columns)
         return figure
 
 
-def _cells(variant: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+def cells(variant: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
     """The cells of a grid, all axes but `seed`, which is there in each, with their labels."""
     if "seed" not in data.dims:
         data = data.expand_dims("seed")

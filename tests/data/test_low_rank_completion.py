@@ -74,6 +74,21 @@ def test_noise_and_rank_leave_the_places_alone_and_noise_is_on_the_observed_only
     torch.testing.assert_close(float((found.y[loud] - found.y[quiet]).std()), 0.3, atol=0.04, rtol=0)
 
 
+def test_the_fullest_columns_alone_are_trained_on_with_the_noise_that_their_entries_have_anyway():
+    kwargs = {"shape": (9, 7), "num_observed": 25, "noise_std": 0.3}
+    whole, part = (problems(Ensemble(seed=20), fullest_columns=r, **kwargs) for r in (None, 2))
+    assert part.x.shape == (20, 8, 2)  # two columns of seven hold 25 * 2/7 = 7.1 at the least
+    counts = observed(whole).sum(1)
+    for p in range(20):
+        columns = part.x[p, :, 1].unique()
+        assert len(columns) <= 2
+        assert counts[p, columns].min() >= counts[p].sort(descending=True).values[1]
+        value = {tuple(place): y for place, y in zip(whole.x[p].tolist(), whole.y[p].tolist(), strict=True)}
+        assert [value[tuple(place)] for place in part.x[p].tolist()] == part.y[p].tolist()
+        test = part.x_test[p]
+        assert torch.equal(part.y_test[p], part.teacher[p][test[:, 0], test[:, 1]])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -84,6 +99,7 @@ def test_noise_and_rank_leave_the_places_alone_and_noise_is_on_the_observed_only
         ({"rank": 11}, "rank = 11: must be at most 10"),
         ({"rank": 2, "spectrum": [1.0]}, "spectrum has 1 values: must have rank = 2"),
         ({"noise_std": -0.1}, "noise_std = -0.1"),
+        ({"fullest_columns": 11}, "fullest_columns = 11: must be at most 10"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(kwargs, message):

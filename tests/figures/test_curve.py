@@ -64,6 +64,14 @@ def test_the_table_has_the_band_and_leaves_out_steps_at_which_nothing_was_record
     assert np.isnan(both["rare"]).tolist() == 2 * [True, False, True, False]
 
 
+def test_means_are_drawn_without_a_band_where_asked(grid):
+    values, data = grid
+    figure = CurveFigure(["distance"], means=["distance"], linear=["distance", "step"]).draw(data)
+    for found, own in zip(lines(figure), values, strict=True):
+        np.testing.assert_allclose(found, (STEPS, own.mean(0)))
+    assert legend(figure) == [r"$\gamma$ = 0.1", r"$\gamma$ = 0.2"]
+
+
 def test_a_variable_as_x_is_interpolated_between_its_records(grid):
     _, data = grid
     table = CurveFigure(x="time").table(data)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dlnlab.figures import EndsFigure, GridMapFigure, RankFigure
+from dlnlab.figures import EndsFigure, GridMapFigure, RankFigure, WaitingFigure
 
 
 def results(lrs=(0.1, 0.2), seeds=3, steps=(0, 10, 20), distance=0.5):
@@ -17,6 +17,7 @@ def results(lrs=(0.1, 0.2), seeds=3, steps=(0, 10, 20), distance=0.5):
     values = np.stack([np.full(shape, 4.0), 4 * 10.0 ** -np.arange(len(steps)) * np.ones(shape)], axis=-1)
     found = {
         "rank": (dims, rank),
+        "time": (dims, np.array(lrs)[:, None, None] * np.array(steps) * np.ones(shape)),
         "status": (dims, status),
         "singular_values": ((*dims, "index"), values),
         "distance": (dims, distance * (1 + np.arange(seeds))[:, None] * np.ones(shape)),
@@ -87,3 +88,53 @@ def test_a_figure_that_cannot_be_drawn_is_refused_before_the_fit(figure, variabl
 def test_the_first_singular_value_is_not_drawn_over_itself():
     with pytest.raises(ValueError, match="index = 1: must be at least 2"):
         RankFigure(index=1)
+
+
+def test_ranks_are_drawn_over_time_where_asked():
+    figure = RankFigure(x="time").draw(results(lrs=(0.1,)))
+    assert figure.axes[1].lines[0].get_xdata().tolist() == [0, 1, 2]
+    assert figure.axes[-1].get_xlabel() == "time"
+
+
+def jumps(began, when, ends, lost=()):
+    """Results of members that begin at given ranks and are first seen below rank 1, 2, 3 at given steps."""
+    last = max(ends)
+    dims, steps = ("seed", "step"), [0, last]
+    found = {
+        "rank": (dims, np.array([began, [1.0] * len(began)]).T),
+        "jump_steps": ((*dims, "index"), np.array([np.full_like(when, np.nan), when]).transpose(1, 0, 2)),
+        "status": (dims, np.array([["running", "diverged" if m in lost else "running"] for m in range(len(began))])),
+        "stopped_at": (("seed",), np.array([end if m in lost else -1 for m, end in enumerate(ends)])),
+    }
+    return xr.Dataset(found, coords={"seed": range(len(began)), "step": steps})
+
+
+NEVER = np.nan
+
+
+def test_waits_that_the_end_cuts_off_are_waits_and_no_jumps():
+    # From rank 2: after 10 and 30 steps, cut off at 20 (diverged) and after 100 - 40 = 60 steps (it came at step 40).
+    data = jumps(
+        began=[2, 2, 2, 3],
+        when=[[NEVER, 10, NEVER], [NEVER, 30, NEVER], [NEVER, NEVER, NEVER], [NEVER, NEVER, 40]],
+        ends=[100, 100, 20, 100],
+        lost=[2],
+    )
+    table = WaitingFigure().table(data)
+    two = table["rank"] == 2
+    # Kaplan and Meier by hand: 4 at risk at 10, 2 (not the lost one) at 30.
+    found = dict(zip(table["steps"][two].tolist(), table["waiting"][two].tolist(), strict=True))
+    assert {step: found[step] for step in (0, 10, 30)} == {0: 1.0, 10: 0.75, 30: 0.375}
+    assert set(table["jumps"][two]) == {2}
+    assert set(table["members"][two]) == {4}
+    np.testing.assert_allclose(table["jumps_per_step"][two], 2 / (10 + 30 + 20 + 60))
+    three = table["rank"] == 3
+    assert table["waiting"][three].tolist() == [1.0, 0.0]
+
+
+def test_waits_are_drawn_with_a_line_for_each_rank():
+    data = jumps(began=[3, 2], when=[[NEVER, 50, 20], [NEVER, NEVER, NEVER]], ends=[100, 100])
+    figure = WaitingFigure().draw(data)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["rank 3 to 2", "rank 2 to 1"]
+    with pytest.raises(ValueError, match="needs rank and jump_steps; add RankTracker and RankJumps"):
+        WaitingFigure().check({"rank"}, {})

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from dlnlab import Ensemble
+from dlnlab import Ensemble, theory
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data import LowRankCompletion, ObservedEntries, SparseRegression
 from dlnlab.models import Batch, DeepLinearNetwork
@@ -296,3 +296,24 @@ def test_a_batch_of_places_reads_the_predictor():
     batch = Batch(torch.tensor([[[0, 1], [2, 3]]]), torch.zeros(1, 2), torch.tensor([0]))
     assert batch.predictions(matrix).tolist() == [[1.0, 11.0]]
     assert batch.losses(matrix).item() == (1 + 121) / 4
+
+
+def test_draws_from_one_column_make_the_rank_one_as_fast_as_weight_decay_does(deep):
+    steps, lr, kappa = 5000, 0.1, 0.01
+    model, _ = deep(
+        steps=1, ensemble=Ensemble(seed=4), dataset=data(fullest_columns=1), init_scale=1.0, batch_size=1,
+        optimizer=partial(GainSGD, lr=lr, weight_decay=kappa),
+    )  # fmt: skip
+    start = model.weights[0].detach().clone()
+    model, _ = deep(
+        steps=steps, ensemble=Ensemble(seed=4), dataset=data(fullest_columns=1), init_scale=1.0, batch_size=1,
+        optimizer=partial(GainSGD, lr=lr, weight_decay=kappa),
+    )  # fmt: skip
+    for m in range(4):
+        column = model.problems.x[model.problem_index[m], 0, 1]
+        others = [j for j in range(7) if j != column]
+        expected = start[m][:, others] * (1 - 2 * lr * kappa) ** (steps - 1)
+        # 5,000 products, each rounded to 1e-16.
+        torch.testing.assert_close(model.weights[0][m][:, others], expected, rtol=1e-12, atol=0)
+    inside = theory.in_absorbing_set([w.detach() for w in model.weights], rank=1, alpha=0.1, rank_slack=0.1)
+    assert inside.all()
