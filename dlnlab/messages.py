@@ -56,7 +56,8 @@ _WORDS = {
     "dict": "a mapping",
     "bool": "true or false",
 }
-_LONGEST = 380
+_LONGEST = 700
+"""Characters of a message: the longest roster has 480."""
 _MISTAKES = (jsonargparse.ArgumentError, ValueError, OSError, MisconfigurationException)
 """What says by itself what is wrong; of any other exception its kind and place are needed too."""
 

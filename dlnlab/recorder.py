@@ -30,6 +30,7 @@ _PREDICTIONS = ("unperturbed", "mean_gain", "weighted_l1", "gradient_flow", "min
 _SHALLOW_LAWS = (
     "eps_law", "norm_squared_law", "imbalance_law", "escape_law", "norm_squared", "divergence"
 )  # fmt: skip
+_DEEP_LAWS = ("layer_imbalance", "square_norm", "representation")
 TAGS = {
     "train_loss": "loss/train",
     "test_loss": "loss/test",
@@ -85,7 +86,10 @@ TAGS = {
     "gamma_max_over_flattest_edge": "theory/gamma_max_over_flattest_edge",
     "gamma_max_over_mean_square_edge": "theory/gamma_max_over_mean_square_edge",
     "gamma_max_over_almost_sure_edge": "theory/gamma_max_over_almost_sure_edge",
-    **{f"{name}_error": f"theory/{name}_error" for name in _SHALLOW_LAWS},
+    **{f"{name}_error": f"theory/{name}_error" for name in _SHALLOW_LAWS + _DEEP_LAWS},
+    "layer_imbalance": "theory/layer_imbalance",
+    "norm_over_least": "theory/norm_over_least",
+    "norm_over_absorbing": "theory/norm_over_absorbing",
 }
 """TensorBoard tags of variables; any other variable with one number per member is `measured/<name>`."""
 _UNDERFLOW = ("train_loss", "test_loss", "distance")  # event files hold float32, so these are logged as log10 too

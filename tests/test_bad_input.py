@@ -235,7 +235,8 @@ for name, words in {
 
 # Classes --------------------------------------------------------------------------------------------------------------
 
-MODEL, DATA = "there are DiagonalLinearNetwork", "SparseRegression, TabularRegression"
+MODEL = "there are DeepLinearNetwork, DiagonalLinearNetwork, ShallowLinearNetwork"
+DATA = "there are LowRankCompletion, ObservedEntries, ScalarTarget, SparseRegression, TabularRegression"
 OPTIMIZER = "model.init_args.optimizer"
 
 

@@ -16,7 +16,7 @@ from dlnlab.figures import Figure
 from dlnlab.models import LinearNetwork
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-OF_MATRICES = (RankTracker, CompletionBaselines)
+OF_MATRICES = (RankTracker, CompletionBaselines, callbacks.DeepTheory)
 BASES = (LinearNetwork, SyntheticData, Measurement, Figure)
 
 

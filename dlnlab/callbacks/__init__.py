@@ -2,6 +2,7 @@
 
 from dlnlab.callbacks.base import Measurement
 from dlnlab.callbacks.completion import CompletionBaselines
+from dlnlab.callbacks.deep_theory import DeepTheory
 from dlnlab.callbacks.flow_sharpness import FlowSharpness
 from dlnlab.callbacks.gain import GainTracker
 from dlnlab.callbacks.gain_bounds import GainBounds
@@ -27,6 +28,7 @@ from dlnlab.recorder import Recorder
 
 __all__ = [
     "CompletionBaselines",
+    "DeepTheory",
     "FlowSharpness",
     "GainBounds",
     "GainForecast",

@@ -18,6 +18,8 @@ from dlnlab.theory.bounds import (
     leading_gain,
 )
 from dlnlab.theory.deep import (
+    absorbing_lr,
+    absorbing_norm,
     critical_singular_value,
     effective_rank,
     entry_gradients,
@@ -62,6 +64,8 @@ from dlnlab.theory.stability import (
 __all__ = [
     "Interpolator",
     "Stability",
+    "absorbing_lr",
+    "absorbing_norm",
     "almost_sure_edge",
     "batch_smoothness",
     "batch_weight",

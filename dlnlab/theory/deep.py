@@ -130,6 +130,53 @@ def next_square_norm(
     return keep**2 * squares[0] - 2 * lr * keep * len(weights) * pull + lr**2 * squares[1]
 
 
+def absorbing_norm(weight_decay: Tensor, largest: Tensor, depth: int, scale: float = 1.0) -> Tensor:
+    r"""From this C on the ball of parameters with |theta|^2 <= C is absorbing at small step sizes (`absorbing_lr`).
+
+    .. math:: C > L c Y^2 / (4 \kappa)
+
+    for steps along the gradient of c times the mean of (A_ij - Y_ij)^2 over any entries, with penalty kappa |theta|^2.
+
+    Args:
+        weight_decay: kappa (...).
+        largest: Y, the largest |Y_ij| (...).
+        depth: L.
+        scale: c.
+
+    Returns:
+        (...), infinite without weight decay.
+
+    Reference:
+        wang2024 gives rates, among them C of the order of 1/kappa; this constant is derived here.
+    """
+    return depth * scale * largest**2 / (4 * weight_decay)
+
+
+def absorbing_lr(norm_squared: Tensor, weight_decay: Tensor, largest: Tensor, depth: int, scale: float = 1.0) -> Tensor:
+    r"""At step sizes up to this no step leaves the ball of parameters with |theta|^2 <= C, whatever entries it is on.
+
+    .. math:: \eta \le \frac{4 \kappa C - L c Y^2}
+        {4 \kappa^2 C + 4 c^2 L (Y + (C/L)^{L/2})^2 (C/(L-1))^{L-1}}
+
+    Args:
+        norm_squared: C (...), above `absorbing_norm`.
+        weight_decay: kappa (...).
+        largest: Y, the largest |Y_ij| (...).
+        depth: L, at least 2.
+        scale: c of the loss, see `absorbing_norm`.
+
+    Returns:
+        (...), negative where C is too small.
+
+    Reference:
+        Derived here; sufficient, and far from necessary.
+    """
+    residual = largest + (norm_squared / depth) ** (depth / 2)
+    gradients = depth * (norm_squared / (depth - 1)) ** (depth - 1)
+    room = 4 * weight_decay * norm_squared - depth * scale * largest**2
+    return room / (4 * weight_decay**2 * norm_squared + 4 * (scale * residual) ** 2 * gradients)
+
+
 # Ranks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -82,6 +82,24 @@ def test_imbalance_and_norm_obey_their_laws_at_any_step(seed, lr, kappa, depth):
     torch.testing.assert_close(norm, direct, atol=1e-14 * float(size), rtol=0)  # the same
 
 
+@given(
+    seed=st.integers(0, 2**31), depth=st.integers(2, 4), kappa=st.floats(0.01, 2), target=st.floats(-3, 3),
+    excess=st.floats(1.001, 4), share=st.floats(0.01, 1),
+)  # fmt: skip
+def test_no_step_leaves_the_absorbing_ball(seed, depth, kappa, target, excess, share):
+    kappa, largest = torch.tensor(kappa, dtype=torch.float64), torch.tensor(max(abs(target), 0.1), dtype=torch.float64)
+    ball = excess * theory.absorbing_norm(kappa, largest, depth)
+    lr = theory.absorbing_lr(ball, kappa, largest, depth)
+    assert lr > 0
+    weights = random_weights([3, *[2] * (depth - 1), 4], seed=seed)
+    size = sum(w.square().sum((-1, -2)) for w in weights)
+    weights = [w * (share * ball / size).sqrt()[:, None, None] for w in weights]
+    entry, gradients = theory.entry_gradients(weights, torch.tensor([0, 3, 1]), torch.tensor([2, 0, 1]))
+    along = 2 * lr * (entry - target)[:, None, None]
+    after = [(1 - 2 * lr * kappa) * w - along * g for w, g in zip(weights, gradients, strict=True)]
+    assert (sum(w.square().sum((-1, -2)) for w in after) <= ball * (1 + 1e-12)).all()  # rounding of the boundary
+
+
 # Ranks ---------------------------------------------------------------------------------------------------------------
 
 
