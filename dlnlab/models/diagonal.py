@@ -67,7 +67,9 @@ class DiagonalLinearNetwork(LinearNetwork):
     def build(self, num_features: int, num_outputs: int | None) -> None:
         """w+ = w- = alpha."""
         if num_outputs is not None:
-            raise ValueError(f"DiagonalLinearNetwork has one output, the data have y of {num_outputs} columns")
+            raise ValueError(
+                f"DiagonalLinearNetwork predicts one number, the data ask for {num_outputs}; use DeepLinearNetwork"
+            )
         scales = torch.tensor(self.per_member("init_scale"), dtype=self.number_type)
         if scales.ndim == 1:
             scales = scales[:, None]
