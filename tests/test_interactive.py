@@ -282,7 +282,7 @@ WRONG = {
     "half a test": ({"X_test": X}, "X_test must be .* and y_test"),
     "other features": ({"X_test": X[:, :4], "y_test": torch.ones(8)}, "test rows must be like the training rows"),
     "teacher": ({"teacher": torch.ones(4)}, r"teacher must have shape \(5,\)"),
-    "outputs": ({"y": torch.ones(8, 2)}, "one output"),
+    "outputs": ({"y": torch.ones(8, 2)}, "predicts one number"),
     "axis": ({"speed": 3}, "no such axis"),
     "lr": ({"lr": 0}, "step size must be positive"),
     "batch": ({"batch_size": 9}, "at most the number of training samples, 8"),
