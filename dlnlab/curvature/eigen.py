@@ -6,11 +6,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dlnlab.curvature.operators import Matrix, Operator
 
-_EXTRA = 1
+_EXTRA = 2
 """Ritz vectors kept beyond the wanted ones between solves: what may overtake them."""
+_GUARD = 0.1
+"""How much of the random guard is mixed into the last of them."""
 _RIVAL_STEPS = 2
 """Products a warm solve spends on the best pair that is not wanted, before it looks at the wanted ones."""
 
@@ -57,13 +60,14 @@ def eigenpairs(
 ) -> Eigenpairs:
     r"""The algebraically largest or smallest eigenpairs of a symmetric operator.
 
-    Rayleigh-Ritz on a growing space: it holds the rows of `start` and a random guard vector, and grows by the residual of
-    the wanted pair that is furthest from done, which from a single row is the Lanczos method. A full space is restarted
-    from its best Ritz vectors. Every member of an ensemble has a space of its own; all grow together.
+    Rayleigh-Ritz on a growing space: it holds the rows of `start` and a random guard, and grows by the residual of the
+    wanted pair that is furthest from done, which from a single row is the Lanczos method. A full space is restarted from
+    its best Ritz vectors. Every member of an ensemble has a space of its own; all grow together.
 
     The guard is there because a residual bounds the distance to *some* eigenvalue: where two cross without mixing, a warm
-    vector alone would follow the wrong one. So a warm solve first spends products on the guard and on the best pair that
-    is not wanted; what rises from deep in the spectrum may still be found one solve late. At rest it takes k + 5.
+    vector alone would follow the wrong one. So the last of the rows beyond the wanted ones has a part that is random, and
+    a warm solve first spends products on the best pair that is not wanted; what rises from deep in the spectrum may still
+    be found one solve late. At rest it takes k + 4.
 
     Args:
         operator: A symmetric `Operator`, anything with its `shape` and `matvec`, or a symmetric matrix.
@@ -104,7 +108,13 @@ def eigenpairs(
 
 
 class _Solver:
-    """One solve; all tensors have a leading axis of members, of length 1 for a single operator."""
+    """One solve; all tensors have a leading axis of members, of length 1 for a single operator.
+
+    `rows` are orthonormal. The first `count` of them, V, have been multiplied; the `ahead` rows after them, F, span what
+    the images of V have outside of V: A V^T = V^T T + F^T P, with T above P in `projected`. So the residual of a Ritz pair
+    (theta, V^T s) is F^T P s, and its norm |P s|: no image is stored, and no residual computed. To grow is to turn F until
+    its first row points where it should, to multiply that row, and to add what its image has outside of all rows to F.
+    """
 
     def __init__(self, operator, k, which, tol, max_products, basis_size, seed) -> None:
         *members, self.size, _ = operator.shape
@@ -117,41 +127,42 @@ class _Solver:
         self.keep = min(self.size, wanted + _EXTRA)
         self.most = min(self.size, max(basis_size or 40, 2 * self.keep + 4))
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows = torch.empty(self.members, self.most, self.size, dtype=self.dtype, device=self.device)
-        self.images = torch.empty_like(self.rows)
-        # Small matrices live on the CPU in float64, whatever the operator's type.
-        self.projected = torch.zeros(self.members, self.most, self.most, dtype=torch.float64)
-        self.lost = torch.zeros(self.members, dtype=torch.bool, device=self.device)
-        self.count = self.num_products = 0
+        self.lost = torch.zeros(self.members, dtype=torch.bool)
+        self.count = self.ahead = self.num_products = 0
 
     def solve(self, start: Eigenpairs | Tensor | None) -> Eigenpairs:
-        for row in self._start_rows(start):
-            self._append(row)
-        if start is not None and self.count < self.size:
-            self._append(self.images[:, self.count - 1])  # where the guard leads
-            for _ in range(min(_RIVAL_STEPS, self.size - self.count)):
-                values, coefficients = torch.linalg.eigh(self.projected[:, : self.count, : self.count])
-                rival = self._best(self.needed + 1)[self.needed :]
-                self._append(self._residuals(values, coefficients, rival)[:, 0])
+        first = self._start_rows(start)
+        most = min(self.size, self.most + first.shape[1])
+        self.rows = torch.empty(self.members, most, self.size, dtype=self.dtype, device=self.device)
+        # Small matrices live on the CPU in float64, whatever the operator's type.
+        self.projected = torch.zeros(self.members, most, most, dtype=torch.float64)
+        for row in first.unbind(1):
+            self._put(row, self.ahead)
+        for _ in range(self.ahead):
+            self._grow()
+        for _ in range(0 if start is None else min(_RIVAL_STEPS, self.size - self.count)):
+            self._turn(self._residuals(self._ritz_pairs()[1], self._best(self.needed + 1)[-1:])[..., 0])
+            self._grow()
         while True:
-            values, coefficients = torch.linalg.eigh(self.projected[:, : self.count, : self.count])
+            values, coefficients = self._ritz_pairs()
             chosen = self._chosen(self.count)
-            residuals = self._residuals(values, coefficients, chosen)
-            scale = values.abs().amax(-1).to(self.device)
-            norms = torch.linalg.vector_norm(residuals, dim=-1, dtype=torch.float64)
+            residuals = self._residuals(coefficients, chosen)
+            scale = values.abs().amax(-1)
+            norms = torch.linalg.vector_norm(residuals, dim=1)
             norms = torch.where(norms > 0, norms / scale[:, None], 0)
             done = (norms <= self.tol).all(-1) | self.lost
             complete = self.count >= self.needed and bool(done.all())
-            exhausted = self.count == self.size or self.num_products >= self.max_products
+            exhausted = self.ahead == 0 or self.num_products >= self.max_products
             if self._agree(complete or exhausted):
                 return self._result(values, coefficients, chosen, norms, scale, done & (self.count >= self.needed))
+            self._turn(residuals[torch.arange(self.members), :, norms.argmax(-1)])
             if self.count == self.most:
                 self._restart(values, coefficients)
-            self._append(residuals[torch.arange(self.members), norms.argmax(-1)])
+            self._grow()
 
     # The space --------------------------------------------------------------------------------------------------------
 
-    def _start_rows(self, start: Eigenpairs | Tensor | None) -> list[Tensor]:
+    def _start_rows(self, start: Eigenpairs | Tensor | None) -> Tensor:
         rows = start.basis if isinstance(start, Eigenpairs) else start
         if rows is None:
             rows = self._random(self.k - 1)
@@ -161,70 +172,114 @@ class _Solver:
             raise ValueError(
                 f"start of shape {tuple(rows.shape)}: must be rows of {self.size} numbers for each of {self.members}"
             )
-        rows = torch.cat([rows.to(self.rows)[:, : self.most - 1], self._random(1)], 1)
-        return list(rows[:, : self.size].unbind(1))
+        rows = normalize(rows[:, : self.most - 1].to(self.device, self.dtype).nan_to_num(0, 0, 0), dim=-1)
+        guard = normalize(self._random(1), dim=-1)
+        if rows.shape[1] > self.needed:
+            rows[:, -1:] += _GUARD * guard
+        else:
+            rows = torch.cat([rows, guard], 1)
+        return rows[:, : self.size]
 
     def _random(self, count: int) -> Tensor:
         # The same for every member and on every device, so that a member's numbers do not depend on its company.
         draws = torch.randn(count, self.size, generator=self.generator, dtype=torch.float64)
-        return draws.to(self.rows).expand(self.members, -1, -1)
+        return draws.to(self.device, self.dtype).expand(self.members, -1, -1)
 
-    def _append(self, rows: Tensor) -> None:
-        """Orthonormalise rows (E, n), one for each member, multiply them and add them to the space."""
-        rows = self._orthonormal(rows)
-        images = self.operator.matvec(rows[0] if self.single else rows).detach().reshape(rows.shape)
+    def _grow(self) -> None:
+        """Multiply the first row ahead, and add to those ahead what its image has outside of all rows."""
+        m, total = self.count, self.count + self.ahead
+        row = self.rows[:, m]
+        image = self.operator.matvec(row[0] if self.single else row).detach().reshape(row.shape)
         self.num_products += 1
-        m = self.count
-        self.count = m + 1
-        self.rows[:, m], self.images[:, m] = rows, images
-        column = torch.bmm(self.rows[:, : m + 1], images[..., None])[..., 0].double().cpu()
-        if not bool((finite := column.isfinite().all(-1)).all()):
-            # A member whose curvature is not finite is given up; the others go on.
-            self.lost |= ~finite.to(self.device)
-            self.images[:, m].masked_fill_(self.lost[:, None], 0)
-            column = column.masked_fill(~finite[:, None], 0)
-        self.projected[:, m, : m + 1] = self.projected[:, : m + 1, m] = column
+        expected = self.projected[:, m, 0].clone()
+        column = self._put(image, total)
+        self.count, self.ahead = m + 1, self.ahead - 1
+        self.projected[:, : column.shape[1], m] = column
+        self.projected[:, m, :m] = column[:, :m]
         if self.num_products == 2:
-            self._check_symmetry()
+            self._check_symmetry(expected, column)
 
-    def _check_symmetry(self) -> None:
-        one, other = self.rows[:, 0], self.rows[:, 1]
-        difference = ((self.images[:, 0] * other).sum(-1) - (self.images[:, 1] * one).sum(-1)).abs()
-        if bool((difference > 0.01 * torch.linalg.vector_norm(self.images[:, :2], dim=(1, 2))).any()):
+    def _put(self, vectors: Tensor, place: int) -> Tensor:
+        """Add to the rows ahead what vectors (E, n), one for each member, have outside of the first `place` rows.
+
+        Returns:
+            The vectors' coefficients in those rows and the one that was added, (E, place + 1), on the CPU.
+        """
+        rest, column, norm, whole = self._outside(vectors, place)
+        if not bool((finite := whole.isfinite()).all()):
+            # A member whose curvature is not finite is given up; the others go on.
+            self.lost |= ~finite
+            return self._put(vectors.masked_fill(~finite[:, None].to(vectors.device), 0), place)
+        if place == self.size:
+            return column
+        # A vector that lies in the space, or is no direction at all, makes room for a random one.
+        spent = norm <= 100 * torch.finfo(self.dtype).eps * whole
+        length = norm
+        if bool(spent.any()):
+            other, _, other_norm, _ = self._outside(self._random(1)[:, 0], place)
+            rest = torch.where(spent[:, None].to(rest.device), other, rest)
+            length, norm = torch.where(spent, other_norm, norm), norm.masked_fill(spent, 0)
+        self.rows[:, place] = rest / length[:, None].to(rest)
+        self.ahead += 1
+        return torch.cat([column, norm[:, None]], -1)
+
+    def _outside(self, vectors: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Their parts outside of the first `place` rows, the coefficients inside, and the norms of the parts and of all."""
+        basis, column, norms = self.rows[:, :place], 0.0, [torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)]
+        whole = None
+        while True:
+            part = torch.bmm(vectors[:, None], basis.mT)
+            vectors = torch.baddbmm(vectors[:, None], part, basis, alpha=-1)[:, 0]
+            norms.append(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True))
+            numbers = torch.cat([part[:, 0], *norms[-2:]], -1).double().cpu()  # one transfer
+            column, before, after = column + numbers[:, :-2], numbers[:, -2], numbers[:, -1]
+            whole = before if whole is None else whole
+            # Twice is enough (Kahan), and once where little was taken away.
+            if len(norms) == 3 or not bool((after < 0.7 * before).any()):
+                return vectors, column, after, whole
+
+    def _turn(self, directions: Tensor) -> None:
+        """Turn the rows ahead so that the first of them points in directions (E, ahead); zero is any."""
+        if self.ahead == 1:
+            return
+        m, total = self.count, self.count + self.ahead
+        normal = normalize(directions, dim=-1)
+        normal[:, 0] += torch.where(normal[:, 0] < 0, -1.0, 1.0)
+        normal = normalize(normal, dim=-1)
+        mirror = torch.eye(self.ahead, dtype=torch.float64) - 2 * normal[:, :, None] * normal[:, None]
+        self.rows[:, m:total] = mirror.to(self.rows) @ self.rows[:, m:total]
+        self.projected[:, m:total, :m] = mirror @ self.projected[:, m:total, :m]
+
+    def _restart(self, values: Tensor, coefficients: Tensor) -> None:
+        """Shrink the space to its best Ritz vectors."""
+        keep = min(self.most - 2, max(self.keep, self.most // 2))
+        best, m, p = self._best(keep), self.count, self.ahead
+        mix = coefficients[..., best].mT
+        ahead = self.projected[:, m : m + p, :m] @ mix.mT
+        self.rows[:, : keep + p] = torch.cat([mix.to(self.rows) @ self.rows[:, :m], self.rows[:, m : m + p]], 1)
+        self.projected.zero_()
+        self.projected[:, :keep, :keep] = torch.diag_embed(values[:, best])
+        self.projected[:, keep : keep + p, :keep] = ahead
+        self.count = keep
+
+    def _check_symmetry(self, expected: Tensor, column: Tensor) -> None:
+        images = self.projected[:, :, 0].square().sum(-1) + column.square().sum(-1)
+        if bool(((expected - column[:, 0]).abs() > 0.01 * images.sqrt()).any()):
             warnings.warn(
                 "the operator is not symmetric: either the loss is not the same function at every evaluation, or one of "
                 "its operations has a wrong second derivative; compare with method='finite_differences'",
                 stacklevel=4,
             )
 
-    def _orthonormal(self, rows: Tensor) -> Tensor:
-        basis = self.rows[:, : self.count]
-        for _ in range(5):
-            before = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-            for _ in range(2):
-                part = torch.bmm(rows[:, None], basis.mT)
-                rows = torch.baddbmm(rows[:, None], part, basis, alpha=-1)[:, 0]
-            norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-            # A direction that lies in the space, or is no direction at all, makes room for a random one.
-            spent = ~(norm > 100 * torch.finfo(self.dtype).eps * before)
-            rows = rows / norm
-            if not bool(spent.any()):
-                return rows
-            rows = torch.where(spent, self._random(1)[:, 0], rows)
-        return rows
-
-    def _restart(self, values: Tensor, coefficients: Tensor) -> None:
-        """Shrink the space to its best Ritz vectors."""
-        keep = min(self.most - 2, max(self.keep, self.most // 2))
-        best = self._best(keep)
-        mix = coefficients[..., best].mT.to(self.rows)
-        self.rows[:, :keep] = mix @ self.rows[:, : self.count]
-        self.images[:, :keep] = mix @ self.images[:, : self.count]
-        self.projected.zero_()
-        self.projected[:, :keep, :keep] = torch.diag_embed(values[:, best])
-        self.count = keep
-
     # Ritz pairs -------------------------------------------------------------------------------------------------------
+
+    def _ritz_pairs(self) -> tuple[Tensor, Tensor]:
+        """Ritz values, ascending, (E, count), and coefficients, a pair a column, (E, count, count)."""
+        return torch.linalg.eigh(self.projected[:, : self.count, : self.count])
+
+    def _residuals(self, coefficients: Tensor, places: list[int]) -> Tensor:
+        """Coefficients of A x - theta x in the rows ahead, (E, ahead, len(places))."""
+        return self.projected[:, self.count : self.count + self.ahead, : self.count] @ coefficients[..., places]
 
     def _chosen(self, count: int) -> list[int]:
         """Places of the wanted pairs among `count` ascending Ritz values, descending."""
@@ -233,7 +288,7 @@ class _Solver:
         return {"largest": top, "smallest": bottom[::-1], "both": top + bottom}[self.which]
 
     def _best(self, count: int) -> list[int]:
-        """Places of the `count` pairs next to the wanted end or ends, the best last."""
+        """Places of the `count` pairs next to the wanted end or ends, the best first."""
         total = self.count
         order = {
             "largest": list(range(total - 1, -1, -1)),
@@ -241,12 +296,6 @@ class _Solver:
             "both": [place for i in range((total + 1) // 2) for place in (total - 1 - i, i)],
         }[self.which]
         return list(dict.fromkeys(order))[:count]
-
-    def _residuals(self, values: Tensor, coefficients: Tensor, chosen: list[int]) -> Tensor:
-        """A x - theta x of the chosen pairs, (E, len(chosen), n)."""
-        mix = coefficients[..., chosen].mT.to(self.rows)
-        theta = values[:, chosen, None].to(self.rows)
-        return mix @ self.images[:, : self.count] - (theta * mix) @ self.rows[:, : self.count]
 
     def _agree(self, decision: bool) -> bool:
         agree = getattr(self.operator, "agree", None)
@@ -256,9 +305,9 @@ class _Solver:
         def rows_of(places: list[int]) -> Tensor:
             return coefficients[..., places].mT.to(self.rows) @ self.rows[:, : self.count]
 
-        found = values[:, chosen].to(self.rows)
-        found, norms = (part.masked_fill(self.lost[:, None], torch.nan) for part in (found, norms.to(self.rows)))
-        parts = [found, rows_of(chosen), norms, converged & ~self.lost, scale.to(self.rows),
+        found = values[:, chosen]
+        found, norms = (part.masked_fill(self.lost[:, None], torch.nan).to(self.rows) for part in (found, norms))
+        parts = [found, rows_of(chosen), norms, (converged & ~self.lost).to(self.device), scale.to(self.rows),
                  rows_of(self._best(min(self.keep, self.count)))]  # fmt: skip
         found, vectors, norms, converged, scale, basis = (part[0] if self.single else part for part in parts)
         method = getattr(self.operator, "method", "exact")
