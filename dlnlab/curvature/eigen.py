@@ -247,9 +247,9 @@ class _Solver:
         normal = np.divide(directions, norms, out=np.zeros_like(directions), where=norms > 0)
         normal[:, 0] += np.where(normal[:, 0] < 0, -1.0, 1.0)
         normal *= np.sqrt(2) / np.linalg.norm(normal, axis=-1, keepdims=True)
-        mirror = np.eye(self.ahead) - normal[:, :, None] * normal[:, None]
-        self.rows[:, m:total] = torch.bmm(torch.as_tensor(mirror).to(self.rows), self.rows[:, m:total])
-        self.projected[:, m:total, :m] = mirror @ self.projected[:, m:total, :m]
+        self.projected[:, m:total, :m] -= normal[:, :, None] * (normal[:, None] @ self.projected[:, m:total, :m])
+        mirror, ahead = torch.as_tensor(normal[:, None]).to(self.rows), self.rows[:, m:total]
+        ahead.baddbmm_(mirror.mT, torch.bmm(mirror, ahead), alpha=-1)
 
     def _restart(self, values: Tensor, coefficients: Tensor) -> None:
         """Shrink the space to its best Ritz vectors."""
