@@ -304,7 +304,7 @@ class Sharpness(Measurement):
     def _critical(self, loss: "EnsembleLoss | ModuleLoss", limits: Edge) -> dict[str, Tensor]:
         along, lr = loss.along_the_update()
         found = critical_sharpness(along, lr if self._guess is None else self._guess.to(lr))
-        self._guess = torch.where(found.step.isfinite(), found.step, lr).cpu()
+        self._guess = torch.where(found.step.isfinite() & (found.step > 0), found.step, lr).cpu()
         # The step is counted in lr, with momentum and preconditioner in the direction.
         value = {"critical_sharpness": found.value}
         return value | _effective("effective_critical_sharpness", found.value, Edge(2 / lr))
