@@ -226,17 +226,17 @@ class _Solver:
     def _outside(self, vectors: Tensor, place: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Their parts outside of the first `place` rows, the coefficients inside, and the norms of the parts and of all."""
         basis, column, whole = self.rows[:, :place], 0.0, None
-        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
         while True:
             part = torch.bmm(vectors[:, None], basis.mT)
             vectors = torch.baddbmm(vectors[:, None], part, basis, alpha=-1)[:, 0]
-            before, norm = norm, torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-            numbers = torch.cat([part[:, 0], before, norm], -1).double().cpu().numpy()  # one transfer
-            column = column + numbers[:, :-2]
+            norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+            numbers = torch.cat([part[:, 0], norm], -1).double().cpu().numpy()  # one transfer
+            before, after = np.linalg.norm(numbers, axis=-1), numbers[:, -1]
+            column = column + numbers[:, :-1]
             # Twice is enough (Kahan), and once where little was taken away.
-            if whole is not None or (numbers[:, -1] >= 0.7 * numbers[:, -2]).all():
-                return vectors, column, numbers[:, -1], numbers[:, -2] if whole is None else whole
-            whole = numbers[:, -2]
+            if whole is not None or (after >= 0.7 * before).all():
+                return vectors, column, after, before if whole is None else whole
+            whole = before
 
     def _turn(self, directions: np.ndarray) -> None:
         """Turn the rows ahead so that the first of them points in directions (E, ahead); zero is any."""
