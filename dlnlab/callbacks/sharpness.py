@@ -60,7 +60,7 @@ class Sharpness(Measurement):
     Logged: `curvature/sharpness`; `curvature/effective_sharpness`, 2 x sharpness/(the optimizer's largest stable one), so
     that the edge is at 2, where it is known (SGD, momentum, Nesterov, GainSGD; Adam, AdamW, RMSprop and Adagrad with
     `operator: preconditioned`) and all measured parameters share it; `curvature/sharpness_residual`, |H v - theta v|: some
-    eigenvalue lies within it; `curvature/products`; `curvature/seconds`. Cost: about 6 to 20 Hessian-vector products once
+    eigenvalue lies within it; `curvature/products`; `curvature/seconds`. Cost: about 5 to 20 Hessian-vector products once
     warm, each about two steps of gradient descent on the measured data.
 
     Args:
@@ -304,7 +304,7 @@ class Sharpness(Measurement):
     def _critical(self, loss: "EnsembleLoss | ModuleLoss", limits: Edge) -> dict[str, Tensor]:
         along, lr = loss.along_the_update()
         found = critical_sharpness(along, lr if self._guess is None else self._guess.to(lr))
-        self._guess = torch.where(found.step.isfinite(), found.step, lr).cpu()
+        self._guess = torch.where(found.step.isfinite() & (found.step > 0), found.step, lr).cpu()
         # The step is counted in lr, with momentum and preconditioner in the direction.
         value = {"critical_sharpness": found.value}
         return value | _effective("effective_critical_sharpness", found.value, Edge(2 / lr))

@@ -12,8 +12,9 @@ class CriticalSharpness:
     """The critical sharpness and what it was read from.
 
     Args:
-        value: 2/eta_c, () or (E,); 0 where no step raised the loss.
-        step: eta_c, infinite there.
+        value: 2/eta_c, () or (E,); 0 where no step raised the loss, infinite where none lowered it (with momentum the
+            update may lead uphill).
+        step: eta_c; infinite or 0 there.
         num_evaluations: Of the loss.
     """
 
@@ -55,15 +56,19 @@ def critical_sharpness(
     here = loss(torch.zeros_like(torch.as_tensor(start, dtype=torch.float64)))
     eta = torch.as_tensor(start, dtype=torch.float64, device=here.device).expand(here.shape).clone()
     low, high = torch.zeros_like(eta), torch.full_like(eta, torch.inf)
-    evaluations = 1
+    evaluations, lowered = 1, torch.zeros_like(here)
     while evaluations < max_evaluations:
         found = loss(eta)
         evaluations += 1
+        lowered = torch.fmax(lowered, here - found)
         raised = ~(found <= here)  # NaN counts as raised
         low, high = torch.where(raised, low, eta), torch.where(raised, eta, high)
         bracketed = (low > 0) & high.isfinite()
         if bool((bracketed & (high <= (1 + tol) * low)).all()):
             break
         eta = torch.where(bracketed, torch.sqrt(low * high), torch.where(high.isfinite(), high / 2, 2 * low))
-    step = torch.where(high.isfinite(), torch.where(low > 0, torch.sqrt(low * high), high), torch.inf)
+    step = torch.where(high.isfinite(), torch.sqrt(low * high), torch.inf)
+    # Steps so small that the loss is the same to rounding lower nothing.
+    uphill = high.isfinite() & (lowered <= 4 * torch.finfo(here.dtype).eps * here.abs())
+    step = torch.where(uphill, 0.0, step)
     return CriticalSharpness(2 / step, step, evaluations)

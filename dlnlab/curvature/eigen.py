@@ -4,13 +4,17 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dlnlab.curvature.operators import Matrix, Operator
 
-_EXTRA = 1
+_EXTRA = 2
 """Ritz vectors kept beyond the wanted ones between solves: what may overtake them."""
+_GUARD = 0.1
+"""How much of the random guard is mixed into the last of them."""
 _RIVAL_STEPS = 2
 """Products a warm solve spends on the best pair that is not wanted, before it looks at the wanted ones."""
 
@@ -57,13 +61,14 @@ def eigenpairs(
 ) -> Eigenpairs:
     r"""The algebraically largest or smallest eigenpairs of a symmetric operator.
 
-    Rayleigh-Ritz on a growing space: it holds the rows of `start` and a random guard vector, and grows by the residual of
-    the wanted pair that is furthest from done, which from a single row is the Lanczos method. A full space is restarted
-    from its best Ritz vectors. Every member of an ensemble has a space of its own; all grow together.
+    Rayleigh-Ritz on a growing space: it holds the rows of `start` and a random guard, and grows by the residual of the
+    wanted pair that is furthest from done, which from a single row is the Lanczos method. A full space is restarted from
+    its best Ritz vectors. Every member of an ensemble has a space of its own; all grow together.
 
     The guard is there because a residual bounds the distance to *some* eigenvalue: where two cross without mixing, a warm
-    vector alone would follow the wrong one. So a warm solve first spends products on the guard and on the best pair that
-    is not wanted; what rises from deep in the spectrum may still be found one solve late. At rest it takes k + 5.
+    vector alone would follow the wrong one. So the last of the rows beyond the wanted ones has a part that is random, and
+    a warm solve first spends products on the best pair that is not wanted; what rises from deep in the spectrum may still
+    be found one solve late. At rest it takes k + 4.
 
     Args:
         operator: A symmetric `Operator`, anything with its `shape` and `matvec`, or a symmetric matrix.
@@ -104,7 +109,14 @@ def eigenpairs(
 
 
 class _Solver:
-    """One solve; all tensors have a leading axis of members, of length 1 for a single operator."""
+    """One solve; all tensors have a leading axis of members, of length 1 for a single operator.
+
+    `rows` are orthonormal. The first `count` of them, V, have been multiplied; the `ahead` rows after them, F, span what
+    the images of V have outside of V: A V^T = V^T T + F^T P, with T above P in `projected`. So the residual of a Ritz pair
+    (theta, V^T s) is F^T P s, and its norm |P s|: no image is stored, and no residual computed. To grow is to turn F until
+    its first row points where it should, to multiply that row, and to add what its image has outside of all rows to F.
+    What is small is of NumPy, in float64, whatever the operator's type: its calls cost a fifth of torch's.
+    """
 
     def __init__(self, operator, k, which, tol, max_products, basis_size, seed) -> None:
         *members, self.size, _ = operator.shape
@@ -117,41 +129,41 @@ class _Solver:
         self.keep = min(self.size, wanted + _EXTRA)
         self.most = min(self.size, max(basis_size or 40, 2 * self.keep + 4))
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows = torch.empty(self.members, self.most, self.size, dtype=self.dtype, device=self.device)
-        self.images = torch.empty_like(self.rows)
-        # Small matrices live on the CPU in float64, whatever the operator's type.
-        self.projected = torch.zeros(self.members, self.most, self.most, dtype=torch.float64)
-        self.lost = torch.zeros(self.members, dtype=torch.bool, device=self.device)
-        self.count = self.num_products = 0
+        self.lost = np.zeros(self.members, dtype=bool)
+        self.count = self.ahead = self.num_products = 0
 
     def solve(self, start: Eigenpairs | Tensor | None) -> Eigenpairs:
-        for row in self._start_rows(start):
-            self._append(row)
-        if start is not None and self.count < self.size:
-            self._append(self.images[:, self.count - 1])  # where the guard leads
-            for _ in range(min(_RIVAL_STEPS, self.size - self.count)):
-                values, coefficients = torch.linalg.eigh(self.projected[:, : self.count, : self.count])
-                rival = self._best(self.needed + 1)[self.needed :]
-                self._append(self._residuals(values, coefficients, rival)[:, 0])
+        first = self._start_rows(start)
+        most = min(self.size, self.most + first.shape[1])
+        self.rows = torch.empty(self.members, most, self.size, dtype=self.dtype, device=self.device)
+        self.projected = np.zeros((self.members, most, most))
+        for row in first.unbind(1):
+            self._put(row, self.ahead)
+        for _ in range(self.ahead):
+            self._grow()
+        for _ in range(0 if start is None else min(_RIVAL_STEPS, self.size - self.count)):
+            self._turn(self._residuals(self._ritz_pairs()[1], self._best(self.needed + 1)[-1:])[..., 0])
+            self._grow()
         while True:
-            values, coefficients = torch.linalg.eigh(self.projected[:, : self.count, : self.count])
+            values, coefficients = self._ritz_pairs()
             chosen = self._chosen(self.count)
-            residuals = self._residuals(values, coefficients, chosen)
-            scale = values.abs().amax(-1).to(self.device)
-            norms = torch.linalg.vector_norm(residuals, dim=-1, dtype=torch.float64)
-            norms = torch.where(norms > 0, norms / scale[:, None], 0)
+            residuals = self._residuals(coefficients, chosen)
+            scale = np.abs(values).max(-1)
+            norms = np.linalg.norm(residuals, axis=1)
+            norms = np.divide(norms, scale[:, None], out=np.zeros_like(norms), where=norms > 0)
             done = (norms <= self.tol).all(-1) | self.lost
             complete = self.count >= self.needed and bool(done.all())
-            exhausted = self.count == self.size or self.num_products >= self.max_products
+            exhausted = self.ahead == 0 or self.num_products >= self.max_products
             if self._agree(complete or exhausted):
                 return self._result(values, coefficients, chosen, norms, scale, done & (self.count >= self.needed))
+            self._turn(residuals[np.arange(self.members), :, norms.argmax(-1)])
             if self.count == self.most:
                 self._restart(values, coefficients)
-            self._append(residuals[torch.arange(self.members), norms.argmax(-1)])
+            self._grow()
 
     # The space --------------------------------------------------------------------------------------------------------
 
-    def _start_rows(self, start: Eigenpairs | Tensor | None) -> list[Tensor]:
+    def _start_rows(self, start: Eigenpairs | Tensor | None) -> Tensor:
         rows = start.basis if isinstance(start, Eigenpairs) else start
         if rows is None:
             rows = self._random(self.k - 1)
@@ -161,70 +173,119 @@ class _Solver:
             raise ValueError(
                 f"start of shape {tuple(rows.shape)}: must be rows of {self.size} numbers for each of {self.members}"
             )
-        rows = torch.cat([rows.to(self.rows)[:, : self.most - 1], self._random(1)], 1)
-        return list(rows[:, : self.size].unbind(1))
+        rows = normalize(rows[:, : self.most - 1].to(self.device, self.dtype).nan_to_num(0, 0, 0), dim=-1)
+        guard = normalize(self._random(1), dim=-1)
+        if rows.shape[1] > self.needed:
+            rows[:, -1:] += _GUARD * guard
+        else:
+            rows = torch.cat([rows, guard], 1)
+        return rows[:, : self.size]
 
     def _random(self, count: int) -> Tensor:
         # The same for every member and on every device, so that a member's numbers do not depend on its company.
-        draws = torch.randn(count, self.size, generator=self.generator, dtype=torch.float64)
-        return draws.to(self.rows).expand(self.members, -1, -1)
+        # Uniform: any direction will do, and normal numbers take ten times as long.
+        draws = 2 * torch.rand(count, self.size, generator=self.generator, dtype=torch.float64) - 1
+        return draws.to(self.device, self.dtype).expand(self.members, -1, -1)
 
-    def _append(self, rows: Tensor) -> None:
-        """Orthonormalise rows (E, n), one for each member, multiply them and add them to the space."""
-        rows = self._orthonormal(rows)
-        images = self.operator.matvec(rows[0] if self.single else rows).detach().reshape(rows.shape)
+    def _grow(self) -> None:
+        """Multiply the first row ahead, and add to those ahead what its image has outside of all rows."""
+        m, total = self.count, self.count + self.ahead
+        row = self.rows[:, m]
+        image = self.operator.matvec(row[0] if self.single else row).detach().reshape(row.shape)
         self.num_products += 1
-        m = self.count
-        self.count = m + 1
-        self.rows[:, m], self.images[:, m] = rows, images
-        column = torch.bmm(self.rows[:, : m + 1], images[..., None])[..., 0].double().cpu()
-        if not bool((finite := column.isfinite().all(-1)).all()):
-            # A member whose curvature is not finite is given up; the others go on.
-            self.lost |= ~finite.to(self.device)
-            self.images[:, m].masked_fill_(self.lost[:, None], 0)
-            column = column.masked_fill(~finite[:, None], 0)
-        self.projected[:, m, : m + 1] = self.projected[:, : m + 1, m] = column
+        expected = self.projected[:, m, 0].copy()
+        column = self._put(image, total)
+        self.count, self.ahead = m + 1, self.ahead - 1
+        self.projected[:, : column.shape[1], m] = column
+        self.projected[:, m, :m] = column[:, :m]
         if self.num_products == 2:
-            self._check_symmetry()
+            self._check_symmetry(expected, column)
 
-    def _check_symmetry(self) -> None:
-        one, other = self.rows[:, 0], self.rows[:, 1]
-        difference = ((self.images[:, 0] * other).sum(-1) - (self.images[:, 1] * one).sum(-1)).abs()
-        if bool((difference > 0.01 * torch.linalg.vector_norm(self.images[:, :2], dim=(1, 2))).any()):
+    def _put(self, vectors: Tensor, place: int) -> np.ndarray:
+        """Add to the rows ahead what vectors (E, n), one for each member, have outside of the first `place` rows.
+
+        Returns:
+            The vectors' coefficients in those rows and the one that was added, (E, place + 1).
+        """
+        rest, column, norm, whole = self._outside(vectors, place)
+        if not (finite := np.isfinite(whole)).all():
+            # A member whose curvature is not finite is given up; the others go on.
+            self.lost |= ~finite
+            return self._put(vectors.masked_fill(torch.as_tensor(~finite[:, None], device=self.device), 0), place)
+        if place == self.size:
+            return column
+        length, spent = norm, norm <= 100 * torch.finfo(self.dtype).eps * whole
+        if spent.any():  # a vector that lies in the space, or is none at all, makes room for a random one
+            other, _, length, _ = self._outside(self._random(1)[:, 0], place)
+            rest = torch.where(torch.as_tensor(spent[:, None], device=self.device), other, rest)
+            length, norm = np.where(spent, length, norm), np.where(spent, 0.0, norm)
+        torch.div(rest, torch.as_tensor(length[:, None]).to(rest), out=self.rows[:, place])
+        self.ahead += 1
+        return np.concatenate([column, norm[:, None]], -1)
+
+    def _outside(self, vectors: Tensor, place: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """Their parts outside of the first `place` rows, the coefficients inside, and the norms of the parts and of all."""
+        basis, column, whole = self.rows[:, :place], 0.0, None
+        while True:
+            part = torch.bmm(vectors[:, None], basis.mT)
+            vectors = torch.baddbmm(vectors[:, None], part, basis, alpha=-1)[:, 0]
+            norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+            numbers = torch.cat([part[:, 0], norm], -1).double().cpu().numpy()  # one transfer
+            before, after = np.linalg.norm(numbers, axis=-1), numbers[:, -1]
+            column = column + numbers[:, :-1]
+            # Twice is enough (Kahan), and once where little was taken away.
+            if whole is not None or (after >= 0.7 * before).all():
+                return vectors, column, after, before if whole is None else whole
+            whole = before
+
+    def _turn(self, directions: np.ndarray) -> None:
+        """Turn the rows ahead so that the first of them points in directions (E, ahead); zero is any."""
+        if self.ahead == 1:
+            return
+        m, total = self.count, self.count + self.ahead
+        norms = np.linalg.norm(directions, axis=-1, keepdims=True)
+        normal = np.divide(directions, norms, out=np.zeros_like(directions), where=norms > 0)
+        normal[:, 0] += np.where(normal[:, 0] < 0, -1.0, 1.0)
+        normal *= np.sqrt(2) / np.linalg.norm(normal, axis=-1, keepdims=True)
+        self.projected[:, m:total, :m] -= normal[:, :, None] * (normal[:, None] @ self.projected[:, m:total, :m])
+        mirror, ahead = torch.as_tensor(normal[:, None]).to(self.rows), self.rows[:, m:total]
+        ahead.baddbmm_(mirror.mT, torch.bmm(mirror, ahead), alpha=-1)
+
+    def _restart(self, values: Tensor, coefficients: Tensor) -> None:
+        """Shrink the space to its best Ritz vectors."""
+        keep = min(self.most - 2, max(self.keep, self.most // 2))
+        best, m, p = self._best(keep), self.count, self.ahead
+        mix = coefficients[..., best]
+        ahead = self.projected[:, m : m + p, :m] @ mix
+        self.rows[:, : keep + p] = torch.cat([self._mixed(mix), self.rows[:, m : m + p]], 1)
+        self.projected[:] = 0
+        self.projected[:, range(keep), range(keep)] = values[:, best]
+        self.projected[:, keep : keep + p, :keep] = ahead
+        self.count = keep
+
+    def _check_symmetry(self, expected: np.ndarray, column: np.ndarray) -> None:
+        images = np.square(self.projected[:, :, 0]).sum(-1) + np.square(column).sum(-1)
+        if (np.abs(expected - column[:, 0]) > 0.01 * np.sqrt(images)).any():
             warnings.warn(
                 "the operator is not symmetric: either the loss is not the same function at every evaluation, or one of "
                 "its operations has a wrong second derivative; compare with method='finite_differences'",
                 stacklevel=4,
             )
 
-    def _orthonormal(self, rows: Tensor) -> Tensor:
-        basis = self.rows[:, : self.count]
-        for _ in range(5):
-            before = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-            for _ in range(2):
-                part = torch.bmm(rows[:, None], basis.mT)
-                rows = torch.baddbmm(rows[:, None], part, basis, alpha=-1)[:, 0]
-            norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-            # A direction that lies in the space, or is no direction at all, makes room for a random one.
-            spent = ~(norm > 100 * torch.finfo(self.dtype).eps * before)
-            rows = rows / norm
-            if not bool(spent.any()):
-                return rows
-            rows = torch.where(spent, self._random(1)[:, 0], rows)
-        return rows
-
-    def _restart(self, values: Tensor, coefficients: Tensor) -> None:
-        """Shrink the space to its best Ritz vectors."""
-        keep = min(self.most - 2, max(self.keep, self.most // 2))
-        best = self._best(keep)
-        mix = coefficients[..., best].mT.to(self.rows)
-        self.rows[:, :keep] = mix @ self.rows[:, : self.count]
-        self.images[:, :keep] = mix @ self.images[:, : self.count]
-        self.projected.zero_()
-        self.projected[:, :keep, :keep] = torch.diag_embed(values[:, best])
-        self.count = keep
-
     # Ritz pairs -------------------------------------------------------------------------------------------------------
+
+    def _ritz_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ritz values, ascending, (E, count), and coefficients, a pair a column, (E, count, count)."""
+        values, coefficients = torch.linalg.eigh(torch.from_numpy(self.projected[:, : self.count, : self.count]))
+        return values.numpy(), coefficients.numpy()
+
+    def _residuals(self, coefficients: np.ndarray, places: list[int]) -> np.ndarray:
+        """Coefficients of A x - theta x in the rows ahead, (E, ahead, len(places))."""
+        return self.projected[:, self.count : self.count + self.ahead, : self.count] @ coefficients[..., places]
+
+    def _mixed(self, coefficients: np.ndarray) -> Tensor:
+        """Ritz vectors, (E, number, n), from coefficients (E, count, number)."""
+        return torch.as_tensor(coefficients).mT.to(self.rows) @ self.rows[:, : self.count]
 
     def _chosen(self, count: int) -> list[int]:
         """Places of the wanted pairs among `count` ascending Ritz values, descending."""
@@ -233,7 +294,7 @@ class _Solver:
         return {"largest": top, "smallest": bottom[::-1], "both": top + bottom}[self.which]
 
     def _best(self, count: int) -> list[int]:
-        """Places of the `count` pairs next to the wanted end or ends, the best last."""
+        """Places of the `count` pairs next to the wanted end or ends, the best first."""
         total = self.count
         order = {
             "largest": list(range(total - 1, -1, -1)),
@@ -242,24 +303,15 @@ class _Solver:
         }[self.which]
         return list(dict.fromkeys(order))[:count]
 
-    def _residuals(self, values: Tensor, coefficients: Tensor, chosen: list[int]) -> Tensor:
-        """A x - theta x of the chosen pairs, (E, len(chosen), n)."""
-        mix = coefficients[..., chosen].mT.to(self.rows)
-        theta = values[:, chosen, None].to(self.rows)
-        return mix @ self.images[:, : self.count] - (theta * mix) @ self.rows[:, : self.count]
-
     def _agree(self, decision: bool) -> bool:
         agree = getattr(self.operator, "agree", None)
         return decision if agree is None else agree(decision)
 
     def _result(self, values, coefficients, chosen, norms, scale, converged) -> Eigenpairs:
-        def rows_of(places: list[int]) -> Tensor:
-            return coefficients[..., places].mT.to(self.rows) @ self.rows[:, : self.count]
-
-        found = values[:, chosen].to(self.rows)
-        found, norms = (part.masked_fill(self.lost[:, None], torch.nan) for part in (found, norms.to(self.rows)))
-        parts = [found, rows_of(chosen), norms, converged & ~self.lost, scale.to(self.rows),
-                 rows_of(self._best(min(self.keep, self.count)))]  # fmt: skip
+        found, norms = (np.where(self.lost[:, None], np.nan, part) for part in (values[:, chosen], norms))
+        vectors, basis = (self._mixed(coefficients[..., places]) for places in (chosen, self._best(self.keep)))
+        found, norms, scale = (torch.as_tensor(part).to(self.rows) for part in (found, norms, scale))
+        parts = [found, vectors, norms, torch.as_tensor(converged & ~self.lost, device=self.device), scale, basis]
         found, vectors, norms, converged, scale, basis = (part[0] if self.single else part for part in parts)
         method = getattr(self.operator, "method", "exact")
         return Eigenpairs(found, vectors, norms, self.num_products, converged, scale, basis, method)

@@ -24,6 +24,8 @@ Methods = Literal["auto", "graph", "recompute", "finite_differences"]
 _BYTES = 2**30
 # Its fused backward pass takes the norm for a constant (torch 2.13; seen as a Hessian that is not symmetric).
 _WRONG = ("WeightNormInterfaceBackward0",)
+# Operations that have been differentiated twice without an error.
+_PASSED: set[str] = set()
 _TWICE = "{} cannot be differentiated twice: write it with other operations, or ask for method='finite_differences'"
 
 
@@ -86,6 +88,7 @@ def hessian(
                 return [torch.zeros_like(param) for param in params]
             return _grad(outputs, params, [direction[i] for _, i in used], retain_graph=True)
 
+        _refuse_final_operations(outputs, product, params)
         return value, gradients, product
 
     def differences(*batch: Any) -> Evaluation:
@@ -158,6 +161,7 @@ def gauss_newton(
             (curved,) = _grad(slope, [found], change, retain_graph=True)
             return _grad(found, params, curved, retain_graph=True)
 
+        _refuse_final_operations([*pulled, slope], product, params)
         return value, _grad(found, params, slope.detach(), retain_graph=True), product
 
     params = _trainable(params)
@@ -264,8 +268,7 @@ class LossOperator(Operator):
         """See `Operator.matvec`."""
         dims = len(self.shape) - 1
         flat = vectors.reshape(-1, *vectors.shape[vectors.ndim - dims :])
-        results = [self.flatten(parts) for parts in self._products([self.split(row) for row in flat])]
-        result = torch.stack(results) / self._total_weight
+        result = torch.stack(self._products([self.split(row) for row in flat]))
         if self._reduce is not None:
             result = self._reduce(result)
         return result.reshape(vectors.shape)
@@ -295,8 +298,6 @@ class LossOperator(Operator):
                     keep = held <= limit
                     _set_random_states(states)
                 value, gradients, product = self._build(*arguments)
-                if number == 0:  # what cannot be differentiated twice is refused at once
-                    product([torch.zeros_like(param) for param in self.params])
                 weighted = weight * value.detach()
                 self.loss = weighted if self.loss is None else self.loss + weighted
                 self.weights.append(weight)
@@ -324,17 +325,21 @@ class LossOperator(Operator):
             seen.pop(param.untyped_storage().data_ptr(), None)
         return sum(seen.values())
 
-    def _products(self, directions: list[list[Tensor]]) -> list[list[Tensor]]:
-        """The sums over batches of weight times product, for several directions."""
+    def _products(self, directions: list[list[Tensor]]) -> list[Tensor]:
+        """The mean over batches of the products with several directions."""
+        means: list[Tensor] = []
 
         def add(product: Product, weight: float) -> None:
-            for total, direction in zip(sums, directions, strict=True):
-                for part, found in zip(total, product(direction), strict=True):
-                    part.add_(found, alpha=weight)
+            found = [self.flatten(product(direction)) for direction in directions]
+            share = weight / self._total_weight
+            if means:
+                for mean, part in zip(means, found, strict=True):
+                    mean.add_(part, alpha=share)
+            else:
+                means.extend(part.mul_(share) for part in found)
 
         kept = len(self._kept)
         with torch.inference_mode(False), torch.autocast(self.params[0].device.type, enabled=False):
-            sums = [[torch.zeros_like(param) for param in self.params] for _ in directions]
             for product, weight in zip(self._kept, self.weights, strict=False):
                 add(product, weight)
         if kept < len(self.weights):
@@ -342,7 +347,7 @@ class LossOperator(Operator):
                 for number, weight, arguments in batches:
                     if number >= kept:
                         add(self._build(*arguments)[2], weight)
-        return sums
+        return means
 
 
 class Passes:
@@ -449,13 +454,7 @@ def _refuse_final_functions(loss: Tensor, params: list[Tensor]) -> None:
 
     They are custom functions whose backward pass is marked by `once_differentiable`, and those of `_WRONG`.
     """
-    parents: dict[Any, list[Any]] = {}
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in parents:
-            parents[node] = [parent for parent, _ in node.next_functions]
-            waiting += parents[node]
+    parents = _graph([loss])
     final = [node for node in parents if _is_final(node)]
     if not final:
         return
@@ -477,6 +476,26 @@ def _refuse_final_functions(loss: Tensor, params: list[Tensor]) -> None:
     )
     if names:
         raise RuntimeError(_TWICE.format(", ".join(names)))
+
+
+def _refuse_final_operations(gradients: list[Tensor], product: Product, params: list[Tensor]) -> None:
+    """Refuse at once what cannot be differentiated twice: try a product, unless all its operations have passed before."""
+    operations = {node.name() for node in _graph(gradients)}
+    if not operations <= _PASSED:
+        product([torch.zeros_like(param) for param in params])
+        _PASSED.update(operations)
+
+
+def _graph(tensors: Iterable[Tensor]) -> dict[Any, list[Any]]:
+    """The nodes that tensors come from, each with its parents."""
+    parents: dict[Any, list[Any]] = {}
+    waiting = [tensor.grad_fn for tensor in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in parents:
+            parents[node] = [parent for parent, _ in node.next_functions]
+            waiting += parents[node]
+    return parents
 
 
 def _is_final(node: Any) -> bool:

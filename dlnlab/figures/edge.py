@@ -28,21 +28,29 @@ class EdgeFigure(Figure):
     Args:
         quantities: Recorded variables with one number per member.
         log_steps: A logarithmic axis of 1 + step.
+        labels: What the legend calls the run, `main`, and its variants; None is their names.
         name: The files' name without suffix; None is `edge_figure`.
 
     Raises:
-        ValueError: If quantities is empty.
+        ValueError: If quantities is empty, or labels name no variant.
 
     Reference:
         cohen2021 (loss and sharpness with the line 2/lr).
     """
 
-    def __init__(self, quantities: list[str] | None = None, log_steps: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self,
+        quantities: list[str] | None = None,
+        log_steps: bool = False,
+        labels: dict[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name)
         if quantities is not None and not quantities:
             raise ValueError("EdgeFigure.quantities = []: must name at least one variable")
         self.quantities = ["sharpness"] if quantities is None else quantities
         self.log_steps = checks.flag("EdgeFigure.log_steps", log_steps)
+        self.labels = labels or {}
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
         """Raise ValueError where a quantity is not recorded."""
@@ -64,9 +72,11 @@ class EdgeFigure(Figure):
             recorded.
 
         Raises:
-            ValueError: If a quantity is missing.
+            ValueError: If a quantity is missing, or a label is of no variant.
         """
         self.check({str(name) for name in dataset.data_vars}, {})
+        for unknown in self.labels.keys() - {"main", *variants}:
+            raise ValueError(f"EdgeFigure.labels: no variant is called {unknown!r}; there are {', '.join(variants)}")
         rows = []
         for variant, data in {"": dataset, **variants}.items():
             for label, cell in _cells(data):
@@ -74,7 +84,7 @@ class EdgeFigure(Figure):
                 for quantity in self.quantities:
                     columns[f"{quantity}_edge"] = self._edge(cell, quantity)
                 steps = cell.step.values
-                name = ", ".join(filter(None, [variant, label])) or "main"
+                name = ", ".join(filter(None, [self.labels.get(variant or "main", variant), label])) or "main"
                 rows += [{"line": name, "step": int(step), **{key: column[i] for key, column in columns.items()}}
                          for i, step in enumerate(steps)]  # fmt: skip
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}

@@ -199,6 +199,38 @@ def test_lower_precision_is_measured_in_float32_and_never_under_autocast(precisi
         assert 1e-5 < abs(relative) < 0.05  # half precision rounds at 4e-3
 
 
+class Scaled(Plain):
+    """Manual optimization under autocast, its loss scaled by 2^10 as a GradScaler does for half precision."""
+
+    def __init__(self):
+        super().__init__(net=network(torch.float32))
+        self.automatic_optimization = False
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(self.scaler.scale(loss))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def test_a_scaled_loss_is_measured_unscaled_in_float32():
+    loader = data(dtype=torch.float32)
+    start, batch = network(torch.float32).double(), [part.double() for part in next(iter(loader))]
+    expected = float(torch.linalg.eigvalsh(dense(start, batch))[-1])
+    module, plain = Scaled(), Scaled()
+    measured = Sharpness(every_n_steps=1, tol=1e-6, loss_fn=lambda module, batch: Plain.training_step(module, batch, 0))
+    logger = fit(module, measured, steps=3, loader=loader)
+    assert logger.rows[0]["curvature/sharpness"] == pytest.approx(expected, rel=1e-5)
+    assert set(logger.curve("curvature/sharpness")) == {0, 1, 2}
+    fit(plain, steps=3, loader=data(dtype=torch.float32))
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), plain.parameters(), strict=True))
+    assert module.scaler.state_dict() == plain.scaler.state_dict()
+
+
 # Training is left alone ----------------------------------------------------------------------------------------------
 
 

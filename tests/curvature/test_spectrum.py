@@ -99,6 +99,13 @@ def test_where_no_step_raises_the_loss_the_critical_sharpness_is_zero():
     assert (float(found.value), float(found.step)) == (0, float("inf"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_every_step_raises_the_loss_the_critical_sharpness_is_infinite(dtype):
+    found = critical_sharpness(lambda eta: (0.3 + eta * torch.tensor([1.0, -1.0])).square().to(dtype), torch.ones(2))
+    assert found.value[0] == torch.inf
+    assert float(found.value[1]) == pytest.approx(2 / 0.6, rel=0.02)  # the search's own width
+
+
 def test_too_few_probes_are_refused():
     with pytest.raises(ValueError, match="num_products = 5: must be at least 6"):
         trace(torch.eye(10), num_products=5)

@@ -25,6 +25,15 @@ def test_each_run_is_a_line_beside_its_own_edge():
     assert [line.get_ydata()[0] for line in curvature.lines] == pytest.approx([1, 20, 1, 100])
 
 
+def test_a_run_and_its_variants_are_called_what_their_labels_say():
+    figure = EdgeFigure(labels={"main": "lr 0.1", "slow": "lr 0.02"})
+    assert set(figure.table(run(0.1), slow=run(0.02))["line"]) == {"lr 0.1", "lr 0.02"}
+    drawn = figure.draw(run(0.1), slow=run(0.02))
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["lr 0.1", "lr 0.02"]
+    with pytest.raises(ValueError, match=r"EdgeFigure.labels: no variant is called 'fast'; there are slow"):
+        EdgeFigure(labels={"fast": "lr 1"}).table(run(0.1), slow=run(0.02))
+
+
 def test_beside_the_preconditioned_sharpness_the_plain_one_has_no_edge():
     data = run(0.1).assign(preconditioned_sharpness=("step", 30 * (1.0 + np.arange(10))))
     table = EdgeFigure(["preconditioned_sharpness", "sharpness"]).table(data)
