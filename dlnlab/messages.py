@@ -39,7 +39,7 @@ _HOMES: tuple[tuple[type, str], ...] = (
     (optim.StepSchedule, _SCHEDULES),
 )
 """Where in a config a class is chosen."""
-_LISTS = ("figures", "trainer.callbacks", "trainer.logger", "trainer.plugins")
+_SEVERAL = ("figures", "trainer.callbacks", "trainer.logger", "trainer.plugins", _SCHEDULES)
 _ROSTERS: dict[str, tuple[ModuleType, type | tuple[type, ...]]] = {
     "model": (models, LightningModule),
     "data": (data, LightningDataModule),
@@ -122,7 +122,7 @@ def _located(error: Exception, section: str, kind: type | None, axes: Collection
         return f"{section}: {text}"
     if word in arguments(kind):
         between = (
-            f": {kind.__name__}." if section in _LISTS else "." if section in ("record", "guard") else ".init_args."
+            f": {kind.__name__}." if section in _SEVERAL else "." if section in ("record", "guard") else ".init_args."
         )
         return f"{section}{between}{text}"
     ours = kind.__module__.split(".")[0] == "dlnlab"
@@ -191,7 +191,7 @@ def _innermost(text: str) -> tuple[str, str | None, str]:
             of_class = "class_path" in between or "callable class" in between + line
             if not key:
                 key = found[1]
-            elif key in _LISTS and kind:
+            elif key in _SEVERAL and kind:
                 key = f"{key}: {kind.rpartition('.')[2]}.{found[1]}"
             else:
                 key += f".init_args.{found[1]}" if of_class else f".{found[1]}"

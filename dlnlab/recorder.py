@@ -162,7 +162,6 @@ class Recorder(Callback):
         self._schedules: dict[str, Schedule] = {}  # of variables that do not follow the recorder's
         self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
         self._invariants: tuple[str, ...] = ()
-        self._scheduled: tuple[str, ...] = ()
         self._violated: set[str] = set()
         self.names: tuple[str, ...] = ()
         """The model's variables that are recorded, once the fit is prepared."""
@@ -183,11 +182,11 @@ class Recorder(Callback):
         self._module = module
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
-            self.names = self._check_variables(module)
-            self._dims |= module.dims
             defined = module.variables()
+            scheduled = (name for name in SCHEDULED if callable(defined[name]))
+            self.names = tuple(dict.fromkeys((*self._check_variables(module), *scheduled)))
+            self._dims |= module.dims
             self._invariants = tuple(name for name in INVARIANTS if self.invariants and callable(defined[name]))
-            self._scheduled = tuple(name for name in SCHEDULED if callable(defined[name]))
             self._check_memory(module)
             module.record_schedule, module.record_variables = self.schedule, self._variable_names()
         elif self.variables is not None:
@@ -236,7 +235,7 @@ class Recorder(Callback):
             self.record(0, pl_module.measure(self._variable_names()))
 
     def _variable_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.names, *self._invariants, *self._scheduled, "time")))
+        return tuple(dict.fromkeys((*self.names, *self._invariants, "time")))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Collect what the chunk has recorded."""

@@ -147,4 +147,4 @@ def _cells(variant: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
