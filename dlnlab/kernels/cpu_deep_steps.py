@@ -415,16 +415,16 @@ def _take_lazy(layers, here, lazy, there, w, c):
 
 
 @part
-def _leave_lazy(work, net, members, m, scale):
-    """V of the outer layers for the next call, or zeros, times 1 or 0."""
+def _leave_lazy(work, net, members, m):
+    """V of the outer layers for the next call."""
     d, first, height, top = net.sizes[0], net.sizes[1], net.sizes[net.depth], net.sizes[net.depth - 1]
     for j in range(d):
         for a in range(first):
-            members.lazy_first[(m * d + j) * first + a] = scale * work.layers[j * net.padded[1] + a]
+            members.lazy_first[(m * d + j) * first + a] = work.layers[j * net.padded[1] + a]
     for i in range(height):
         at = net.layers[net.depth - 1] + i * net.padded[net.depth - 1]
         for a in range(top):
-            members.lazy_last[(m * height + i) * top + a] = scale * work.layers[at + a]
+            members.lazy_last[(m * height + i) * top + a] = work.layers[at + a]
 
 
 @part
@@ -573,7 +573,7 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop, 
                     break
         if members.status[m] == RUNNING:
             _give(work, net, members, m, c, like)
-            # After full batches nothing: what an older call has left must not be taken for this one's.
-            _leave_lazy(work, net, members, m, 1 if count > 0 else 0)
+            if count > 0:
+                _leave_lazy(work, net, members, m)
         last = max(last, step)
     return last

@@ -47,10 +47,6 @@ class Rates:
         own = {name: getattr(self, name)[members] for name in ("lr", "weight_decay", "schedule")}
         return replace(self, **own)
 
-    def to(self, device: torch.device) -> "Rates":
-        """On another device."""
-        return Rates(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(self).values()))
-
     def factor(self, step: int) -> tuple[Tensor, Tensor]:
         """What lr and weight decay are multiplied by at a step, (E,) each; 1 for a member without a schedule."""
         row, column = self.schedule.clamp(min=0), step - self.first
