@@ -26,7 +26,7 @@ SECTIONS = (
     *("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "variants", "init_from"),
     "ckpt_path",
 )
-_OPTIMIZER = "model.init_args.optimizer"
+_OPTIMIZER, _SCHEDULES = "model.init_args.optimizer", "model.init_args.schedules"
 _HOMES: tuple[tuple[type, str], ...] = (
     (Recorder, "record"),
     (MemberGuard, "guard"),
@@ -36,15 +36,17 @@ _HOMES: tuple[tuple[type, str], ...] = (
     (Callback, "trainer.callbacks"),
     (Logger, "trainer.logger"),
     (Optimizer, _OPTIMIZER),
+    (optim.StepSchedule, _SCHEDULES),
 )
 """Where in a config a class is chosen."""
-_LISTS = ("figures", "trainer.callbacks", "trainer.logger", "trainer.plugins")
+_SEVERAL = ("figures", "trainer.callbacks", "trainer.logger", "trainer.plugins", _SCHEDULES)
 _ROSTERS: dict[str, tuple[ModuleType, type | tuple[type, ...]]] = {
     "model": (models, LightningModule),
     "data": (data, LightningDataModule),
     "figures": (figures, Figure),
     "trainer.callbacks": (callbacks, (Measurement, ModelCheckpoint)),
     _OPTIMIZER: (optim, Optimizer),
+    _SCHEDULES: (optim, optim.StepSchedule),
 }
 _GIVEN = ("ensemble", "pairs", "params")
 """Arguments that no config gives: the ensemble has its own section, parameters are the model's."""
@@ -121,7 +123,7 @@ def _located(error: Exception, section: str, kind: type | None, axes: Collection
         return f"{section}: {text}"
     if word in arguments(kind):
         between = (
-            f": {kind.__name__}." if section in _LISTS else "." if section in ("record", "guard") else ".init_args."
+            f": {kind.__name__}." if section in _SEVERAL else "." if section in ("record", "guard") else ".init_args."
         )
         return f"{section}{between}{text}"
     ours = kind.__module__.split(".")[0] == "dlnlab"
@@ -190,7 +192,7 @@ def _innermost(text: str) -> tuple[str, str | None, str]:
             of_class = "class_path" in between or "callable class" in between + line
             if not key:
                 key = found[1]
-            elif key in _LISTS and kind:
+            elif key in _SEVERAL and kind:
                 key = f"{key}: {kind.rpartition('.')[2]}.{found[1]}"
             else:
                 key += f".init_args.{found[1]}" if of_class else f".{found[1]}"
@@ -262,7 +264,7 @@ def _not_found(key: str, kind: str | None, said: str, name: str) -> str:
 
 
 def _known(key: str) -> str:
-    room = next((room for room in (_OPTIMIZER, *_ROSTERS) if key.startswith(room)), None)
+    room = next((room for room in (_OPTIMIZER, _SCHEDULES, *_ROSTERS) if key.startswith(room)), None)
     if room is None:
         return "give a dotted class path"
     roster, base = _ROSTERS[room]
@@ -272,7 +274,9 @@ def _known(key: str) -> str:
 
 def _can_be_chosen(thing: Any, base: type | tuple[type, ...]) -> bool:
     # A room's base.py holds what its classes inherit.
-    return isinstance(thing, type) and issubclass(thing, base) and not thing.__module__.endswith(".base")
+    if not isinstance(thing, type) or inspect.isabstract(thing) or thing.__module__.endswith(".base"):
+        return False
+    return issubclass(thing, base)
 
 
 def trainer_mistake(error: Exception, given: dict[str, Any]) -> Mistake:

@@ -299,6 +299,20 @@ case("data-abstract", "SyntheticData does not define `sample`", {"data": {"class
 case("optimizer-typo", [OPTIMIZER, "no class 'GainSDG'", "GainSGD"], {OPTIMIZER: {"class_path": "GainSDG"}})
 case("optimizer-is-a-layer", [OPTIMIZER, "torch.nn.Linear", "GainSGD"], {OPTIMIZER: {"class_path": "torch.nn.Linear"}})
 case("optimizer-number", [OPTIMIZER, "= 3"], {OPTIMIZER: 3})
+SCHEDULES = "model.init_args.schedules"
+for name, of, said in (
+    ("typo", {"lr": {"class_path": "Piecewize"}}, ["no class 'Piecewize'", "Cosine, Piecewise"]),
+    ("late", {"lr": {"class_path": "Piecewise", "init_args": {"steps": [1]}}}, ["Piecewise.steps[0] = 1", "must be 0"]),
+    ("argument", {"lr": {"class_path": "Cosine", "init_args": {"steps": 3}}}, ["Cosine has no argument 'steps'"]),
+    ("number", {"lr": 3}, ["= 3", "class_path"]),
+    ("quantity", {"speed": {"class_path": "Cosine"}}, ["own.speed: there is no such key; there are lr, weight_decay"]),
+    ("ends", {"lr": {"class_path": "Cosine", "init_args": {"num_steps": 1}}}, ["own.lr = 0 at step 1", "positive"]),
+    ("rows", {"batch_size": {"class_path": "Piecewise", "init_args": {"values": [1.5]}}}, ["own.batch_size = 1.5"]),
+):
+    case(f"schedule-{name}", [SCHEDULES, *said], {SCHEDULES: {"own": of}, "model.init_args.schedule": "own"})
+case("schedule-unknown", ["ensemble.schedule", "'cosine'", "constant"], {"ensemble.schedule": ["constant", "cosine"]})
+case("schedule-twice", ["model.init_args.schedule", "also an axis"],
+     {"ensemble.schedule": ["constant"], "model.init_args.schedule": "constant"})  # fmt: skip
 case("optimizer-makes-nothing", ["optimizer: must make a torch optimizer", "None"], {OPTIMIZER: "mine.make_nothing"})
 case("optimizer-with-closure", "LBFGS", {OPTIMIZER: {"class_path": "torch.optim.LBFGS"}, "ensemble.lr": DROP})
 case("optimizer-no-argument", "GainSGD has no argument 'momentum'; it has lr, weight_decay",

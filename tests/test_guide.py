@@ -52,7 +52,15 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch, capsys):
                 assert main(arguments[2:]) == 0, capsys.readouterr().err
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     runs = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("version_*")}
-    names = ("quickstart", "second", "examples/cubic", "examples/table", "examples/mine", "examples/phases")
+    names = (
+        "quickstart",
+        "second",
+        "examples/cubic",
+        "examples/table",
+        "examples/mine",
+        "examples/phases",
+        "examples/annealed",
+    )
     expected = {f"{(Path(name).parent / 'lightning_logs' / Path(name).name).as_posix()}/version_0" for name in names}
     assert runs == expected
 

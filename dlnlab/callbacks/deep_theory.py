@@ -49,8 +49,7 @@ class DeepTheory(Measurement):
         """All of the above, (E,) each."""
         del batch
         weights = [w.detach() for w in model.weights]
-        lr = model.step_size.to(weights[0])
-        kappa = torch.as_tensor(model._optimizer.param_groups[0]["weight_decay"]).to(weights[0]).expand_as(lr)
+        lr, kappa = (value.to(weights[0]) for value in (model.scheduled_lr, model.scheduled_weight_decay))
         gradients = self._gradients(model)
         keep, along = (1 - 2 * lr * kappa)[:, None, None], lr[:, None, None]
         after = [keep * w - along * f for w, f in zip(weights, gradients, strict=True)]

@@ -17,20 +17,28 @@ class EndsFigure(Figure):
     Args:
         quantity: One number per member, positive; `distance`.
         leave_out: Variants (or `main`) that are only a phase of others.
+        axis: An axis of the ensemble, each of whose values has a row of its own.
         name: The files' name without suffix; None is the class's in snake_case.
 
     Raises:
-        ValueError: Before a fit, if the quantity is not recorded.
+        ValueError: Before a fit, if the quantity is not recorded or there is no such axis.
     """
 
-    def __init__(self, quantity: str = "distance", leave_out: list[str] | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        quantity: str = "distance",
+        leave_out: list[str] | None = None,
+        axis: str | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name)
-        self.quantity = quantity
+        self.quantity, self.axis = quantity, axis
         self.leave_out = leave_out or []
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
-        """Raise ValueError unless the quantity is recorded."""
-        del axes
+        """Raise ValueError unless the quantity is recorded and the axis there."""
+        if self.axis is not None and self.axis not in axes:
+            raise ValueError(f"EndsFigure.axis = {self.axis!r}: the axes are {', '.join(axes) or 'none'}")
         if self.quantity not in variables:
             raise ValueError(f"EndsFigure.quantity: {self.quantity!r} is not recorded; recorded: {sorted(variables)}")
 
@@ -42,15 +50,18 @@ class EndsFigure(Figure):
             **variants: Those of its variants.
 
         Returns:
-            `line` (the run, variant or baseline), `member` and the quantity, NaN for a member that diverged.
+            `line` (the run or variant, their value of the axis, or the baseline), `member` and the quantity, NaN for a
+            member that diverged.
         """
         columns: dict[str, list[Any]] = {"line": [], "member": [], self.quantity: []}
         found: dict[str, np.ndarray] = {}
         for name, data in {"main": dataset, **variants}.items():
             if name not in self.leave_out and self.quantity in data:
-                ends = _last(data[self.quantity])
-                found[name] = np.where(_last(data["status"]) == "diverged", np.nan, ends).ravel()
+                for line, rows in self._rows(name, data):
+                    ends = _last(rows[self.quantity])
+                    found[line] = np.where(_last(rows["status"]) == "diverged", np.nan, ends).ravel()
         for data in (dataset, *variants.values()):
+            data = data.isel({self.axis: 0}) if self.axis in data.dims else data  # a baseline is of the problem
             for name in map(str, data.data_vars):
                 if name.startswith(f"{self.quantity}_") and name not in found:
                     found[name.removeprefix(f"{self.quantity}_")] = _last(data[name]).ravel()
@@ -59,6 +70,13 @@ class EndsFigure(Figure):
             columns["member"] += range(len(ends))
             columns[self.quantity] += ends.tolist()
         return {name: np.array(column) for name, column in columns.items()}
+
+    def _rows(self, run: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+        """The lines of one run."""
+        if self.axis not in data.dims:
+            return [(run, data)]
+        prefix = "" if run == "main" else f"{run}, "
+        return [(f"{prefix}{value}", data.sel({self.axis: value})) for value in data[self.axis].values]
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the table.

@@ -152,4 +152,4 @@ def cells(variant: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")

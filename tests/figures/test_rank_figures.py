@@ -60,6 +60,16 @@ def test_ends_are_the_last_values_with_the_baselines_and_without_the_diverged():
     assert labels == ["main (1 diverged)", "baseline"]
 
 
+def test_ends_have_a_row_for_each_value_of_an_axis():
+    figure = EndsFigure(axis="lr")
+    table = figure.table(results(), sgd=results(lrs=(0.3,)))
+    assert list(dict.fromkeys(table["line"])) == ["0.1", "0.2", "sgd, 0.3", "baseline"]
+    np.testing.assert_allclose(table["distance"][table["line"] == "0.1"], [0.5, 1.0, 1.5])
+    assert len(table["distance"][table["line"] == "baseline"]) == 3
+    with pytest.raises(ValueError, match=r"EndsFigure.axis = 'lr': the axes are seed"):
+        figure.check({"distance"}, {"seed": [0]})
+
+
 def test_a_grid_map_holds_means_over_seeds_and_shares_of_the_diverged():
     data = xr.concat([results().assign_coords(weight_decay=k) for k in (0.01, 0.02)], "weight_decay")
     figure = GridMapFigure(quantity="rank")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from test_cpu import factors_at
 
 from dlnlab import streams
-from dlnlab.kernels import Batches, DeepGuard, EntryLoss, deep_step
+from dlnlab.kernels import Batches, DeepGuard, EntryLoss, Rates, deep_step
 from dlnlab.kernels.cpu_deep import DeepKernel
 
 E, D, K, N, P = 3, 7, 5, 20, 2
@@ -15,8 +16,9 @@ class Setting:
     """Random members on random entries; they take the given batch sizes, samplings and noises in turn."""
 
     def __init__(
-        self, widths=(6, 4), sizes=(1,), samplings=(0,), noise=(0.0,), dtype=torch.float64, kappa=0.01, lr=0.03
-    ):
+        self, widths=(6, 4), sizes=(1,), samplings=(0,), noise=(0.0,), dtype=torch.float64, kappa=0.01, lr=0.03,
+        schedules=(-1,),
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(1)
         self.sizes = [D, *widths, K]
         self.weights = [
@@ -34,13 +36,21 @@ class Setting:
             streams.keys(0, "label_noise", members), torch.tensor(turns[2], dtype=torch.float64),
         )  # fmt: skip
         self.lr = torch.full((E,), lr, dtype=torch.float64) * (1 + 0.1 * members)
-        self.decay = 1 - 2 * self.lr * kappa
+        self.decay, self.weight_decay = 1 - 2 * self.lr * kappa, torch.full((E,), kappa, dtype=torch.float64)
+        self.schedule = torch.tensor([schedules[m % len(schedules)] for m in range(E)])
         self.lazy = torch.zeros_like(self.weights[0].mT.contiguous()), torch.zeros_like(self.weights[-1])
 
     def advance(self, start, stop, loss=MEAN, **kwargs):
         return DeepKernel(self.places, self.y, self.sizes).advance(
-            self.weights, self.lazy, self.lr, self.decay, self.problem, self.batches, loss, start, stop, **kwargs
-        )
+            self.weights, self.lazy, self.lr, self.decay, self.problem, self.batches, loss, start, stop,
+            rates=self.rates(start, stop), **kwargs
+        )  # fmt: skip
+
+    def rates(self, start, stop):
+        first = Rates.first_of(start)
+        table = [[factors_at(row, step) for step in range(first, stop)] for row in range(2)]
+        tables = torch.tensor(table, dtype=torch.float64).unbind(-1)
+        return Rates(self.lr, self.weight_decay, self.schedule, *tables, first) if (self.schedule >= 0).any() else None
 
     def reference(self, start, stop, loss=MEAN):
         """The same steps with `deep_step`, member by member; returns the weights."""
@@ -55,7 +65,9 @@ class Setting:
                     rows = streams.sample(kind, key, step, step + 1, size, N)[0]
                 noise = streams.normals(self.batches.noise_key[m], torch.tensor([step]), len(rows))[0]
                 y = self.y[p, rows] + (self.batches.noise_std[m] * noise).to(self.y.dtype)
-                lr, decay = (value[m : m + 1].to(self.y.dtype) for value in (self.lr, self.decay))
+                f, g = factors_at(int(self.schedule[m]), step)
+                keep = 1 - f * g * (1 - self.decay)
+                lr, decay = (value[m : m + 1].to(self.y.dtype) for value in (f * self.lr, keep))
                 alone = deep_step(alone, self.places[p, rows][None], y[None], lr, decay, loss, size == 0)
             for w, one in zip(found, alone, strict=True):
                 w[m] = one[0]
@@ -78,6 +90,8 @@ KINDS = {
         "kappa": 12.0,
         "lr": 0.01,
     },  # 1 - 2 lr kappa = 0.76: the lazy scale shrinks fast
+    "schedules": {"sizes": (1, 0, 3), "schedules": (0, 1), "kappa": 0.5},
+    "schedules and strong decay": {"sizes": (1, 2), "schedules": (0, -1, 1), "kappa": 6.0, "lr": 0.01},
 }
 
 

@@ -19,8 +19,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 @pytest.mark.parametrize(
     "chosen",
-    ["rows_are_those or guard_freezes or floor", pytest.param("", marks=pytest.mark.slow)],
-    ids=["rows, guard and floor", "all"],
+    ["rows_are_those or guard_freezes or floor or schedules-40", pytest.param("", marks=pytest.mark.slow)],
+    ids=["rows, guard, floor and schedules", "all"],
 )
 def test_the_tests_of_the_kernel_pass_in_tritons_interpreter(chosen):
     # In a process of its own: triton reads the variable when it is imported.
@@ -70,8 +70,9 @@ def compiled(monkeypatch):
 
 def advance(setting, start, stop, **options):
     cuda.DiagonalKernel(setting.x, setting.y).advance(
-        setting.factors, setting.lr, setting.decay, setting.problem, setting.batches, start, stop, **options
-    )
+        setting.factors, setting.lr, setting.decay, setting.problem, setting.batches, start, stop,
+        rates=setting.rates(start, stop), **options,
+    )  # fmt: skip
 
 
 @needs_triton
@@ -96,9 +97,10 @@ def test_one_kernel_for_an_h200_serves_every_ensemble_chunk_guard_and_record(com
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, 30, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_all_four_kernels_compile_for_an_h200(dim, dtype, compiled):
-    advance(make(num_members=4, n=20, d=dim, dtype=dtype, sizes=(0, 1, 0, 1), noise=(0.0, 0.0, 0.1, 0.1)), 0, 1)
-    assert len({kernel.hash for kernel in compiled}) == 4
+def test_all_eight_kernels_compile_for_an_h200(dim, dtype, compiled):
+    kinds = {"sizes": (0, 1), "noise": (0.0, 0.0, 0.1, 0.1), "schedules": (-1, -1, -1, -1, 0, 0, 0, 0)}
+    advance(make(num_members=8, n=20, d=dim, dtype=dtype, **kinds), 0, 1)
+    assert len({kernel.hash for kernel in compiled}) == 8
 
 
 def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):
