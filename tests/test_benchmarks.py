@@ -5,28 +5,24 @@ from pathlib import Path
 
 import pytest
 
-TRAJECTORIES = Path(__file__).parents[1] / "benchmarks" / "trajectories.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "written"),
-    [([], ["trajectories.md"]), (["--growth"], ["growth.md", "growth.png"]), (["--profile"], ["profile.md"])],
+    ("script", "options", "written"),
+    [
+        ("trajectories", [], ["trajectories.md"]),
+        ("trajectories", ["--growth"], ["growth.md", "growth.png"]),
+        ("trajectories", ["--profile"], ["profile.md"]),
+        ("shallow", [], ["shallow.md"]),
+        ("completion", [], ["completion.md"]),
+    ],
 )
-def test_trajectories_run(options, written, tmp_path):
-    command = [sys.executable, TRAJECTORIES, "--quick", "--output", tmp_path, *options]
-    environment = {**os.environ, "PYTHONPATH": str(TRAJECTORIES.parents[1])}
+def test_benchmarks_of_steps_run(script, options, written, tmp_path):
+    command = [sys.executable, BENCHMARKS / f"{script}.py", "--quick", "--output", tmp_path, *options]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == written
     assert "nan" not in (tmp_path / written[0]).read_text()
-
-
-@pytest.mark.slow
-def test_shallow_runs(tmp_path):
-    script = TRAJECTORIES.with_name("shallow.py")
-    environment = {**os.environ, "PYTHONPATH": str(TRAJECTORIES.parents[1])}
-    command = [sys.executable, script, "--quick", "--output", tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "nan" not in (tmp_path / "shallow.md").read_text()
