@@ -117,7 +117,7 @@ def kernel(n: int, members: int) -> Run:
     problem = torch.zeros_like(size)
     batches = Batches(size, problem, key, key, torch.zeros(members))
     guard = DeepGuard(0.0, 1e10, EVERY, [w.clone() for w in weights])
-    engine, now = deep_kernel(places, y, [n] * (DEPTH + 1)), 0
+    engine, now = deep_kernel(places, y, [n] * (DEPTH + 1), size), 0
 
     def run(steps: int) -> None:
         nonlocal now
@@ -151,13 +151,13 @@ CONTENDERS: dict[str, Callable[[int, int], Run]] = {
     "dlnlab, the kernel alone": kernel,
     "dlnlab, `Trainer.fit`": fit,
 }
-LONGER = 20
+LONGER = 100
 
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     one_thread()
-    sizes, rounds, seconds = ([(4, 1), (4, 20)], 1, 0.002) if arguments.quick else (SIZES, 5, 0.2)
+    sizes, rounds, seconds = ([(4, 1), (4, 20)], 1, 0.002) if arguments.quick else (SIZES, 3, 0.2)
     cases = {f"n={n} E={members}": (n, members) for n, members in sizes}
     lines = header("Matrix completion: one step on a single entry")
     note = (

@@ -63,16 +63,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(device: torch.device | str, dim: int) -> str | None:
-    """Why the kernel cannot run, in a line, or None if it can.
+def refusal(device: torch.device | str, dim: int = 1) -> str | None:
+    """Why a kernel cannot run, in a line, or None if it can.
 
     Args:
         device: Where the members are.
-        dim: D.
+        dim: D, of the diagonal network.
     """
     device = torch.device(device)
     if device.type != ("cpu" if interpreted() else "cuda"):
-        return f"the CUDA kernel does not run on {device.type} tensors"
+        return f"CUDA kernels do not run on {device.type} tensors"
     if dim > MAX_DIM:
         return f"the CUDA kernel has room for {MAX_DIM} features, the data have {dim}"
     return _missing()

@@ -7,22 +7,26 @@ import torch
 from torch import Tensor
 
 
-def deep_kernel(places: Tensor, y: Tensor, sizes: list[int]) -> Any:
+def deep_kernel(places: Tensor, y: Tensor, sizes: list[int], batch_sizes: Tensor) -> Any:
     """The compiled kernel of the device that holds the entries.
 
     Args:
         places: (row, column) of the observed entries, int64 (P, N, 2).
         y: Their values (P, N).
         sizes: D, H_1, ..., H_{L-1}, K.
+        batch_sizes: Entries that each member sees at a step, 0 for all (E,).
 
     Returns:
-        A `dlnlab.kernels.cpu_deep.DeepKernel`, or a line saying why there is none.
+        A `DeepKernel` of `dlnlab.kernels.cpu_deep` or `dlnlab.kernels.cuda_deep`, or a line saying why there is none.
     """
-    if places.device.type != "cpu":
-        return "a step is a few batched products over all members, which torch already does on this device"
-    from dlnlab.kernels import cpu_deep  # brings numba, which only a fit needs
+    if places.device.type == "cpu":
+        from dlnlab.kernels import cpu_deep  # brings numba, which only a fit needs
 
-    return cpu_deep.DeepKernel(places, y, sizes)
+        return cpu_deep.DeepKernel(places, y, sizes)
+    from dlnlab.kernels import cuda_deep
+
+    refusal = cuda_deep.refusal(places.device, sizes, batch_sizes)
+    return cuda_deep.DeepKernel(places, y, sizes) if refusal is None else refusal
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,8 @@ class DeepLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             sizes = [self.weights[0].shape[2], *(w.shape[1] for w in self.weights)]
-            self._kernel = kernels.deep_kernel(self.problems.x, self.problems.y, sizes)
             self._batches = self.kernel_batches()
+            self._kernel = kernels.deep_kernel(self.problems.x, self.problems.y, sizes, self._batches.size)
         return self._kernel
 
     @property

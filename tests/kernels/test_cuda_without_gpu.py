@@ -18,15 +18,20 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 @pytest.mark.parametrize(
-    "chosen",
-    ["rows_are_those or guard_freezes or floor", pytest.param("", marks=pytest.mark.slow)],
-    ids=["rows, guard and floor", "all"],
+    "names, chosen",
+    [
+        (["test_cuda"], "rows_are_those or guard_freezes or floor"),
+        pytest.param(["test_cuda"], "", marks=pytest.mark.slow),
+        (["test_cuda_shallow", "test_cuda_deep"], "not slow"),
+        pytest.param(["test_cuda_shallow", "test_cuda_deep"], "", marks=pytest.mark.slow),
+    ],
+    ids=["rows, guard and floor", "all", "shallow and deep", "all of shallow and deep"],
 )
-def test_the_tests_of_the_kernel_pass_in_tritons_interpreter(chosen):
+def test_the_tests_of_the_kernels_pass_in_tritons_interpreter(names, chosen):
     # In a process of its own: triton reads the variable when it is imported.
-    file = Path(__file__).with_name("test_cuda.py")
+    files = [str(Path(__file__).with_name(f"{name}.py")) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
@@ -52,20 +57,27 @@ def compiled(monkeypatch):
     """The kernels that calls of `advance` would launch on an H200, compiled by Triton and NVIDIA's assembler."""
     from triton.runtime import driver
 
-    from dlnlab.kernels import cuda_steps
+    from dlnlab.kernels import cuda_deep_steps, cuda_shallow_steps, cuda_steps
 
-    kernel, made = cuda_steps.advance, []
+    made, kernels = [], []
 
     class CompileOnly:
-        def __getitem__(self, grid):
-            return lambda *args, **options: made.append(kernel.warmup(*args, grid=grid, **options))
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-    monkeypatch.setattr(cuda_steps, "advance", CompileOnly())
-    monkeypatch.setattr(cuda, "refusal", lambda device, dim: None)
-    kernel.device_caches.clear()
+        def __getitem__(self, grid):
+            return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    for module in (cuda_steps, cuda_shallow_steps, cuda_deep_steps):
+        kernels.append(module.advance)
+        monkeypatch.setattr(module, "advance", CompileOnly(module.advance))
+    monkeypatch.setattr(cuda, "refusal", lambda device, dim=1: None)
+    for kernel in kernels:
+        kernel.device_caches.clear()
     monkeypatch.setattr(driver, "_active", H200())
     yield made
-    kernel.device_caches.clear()  # nothing of this for the real device
+    for kernel in kernels:
+        kernel.device_caches.clear()  # nothing of this for the real device
 
 
 def advance(setting, start, stop, **options):
@@ -102,9 +114,9 @@ def test_all_four_kernels_compile_for_an_h200(dim, dtype, compiled):
 
 
 def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):
-    assert cuda.refusal("cpu", 30) == "the CUDA kernel does not run on cpu tensors"
+    assert cuda.refusal("cpu", 30) == "CUDA kernels do not run on cpu tensors"
     assert "4096 features" in cuda.refusal("cuda", 5000)
-    with pytest.raises(ValueError, match="does not run on cpu tensors"):
+    with pytest.raises(ValueError, match="do not run on cpu tensors"):
         cuda.DiagonalKernel(torch.zeros(1, 2, 3), torch.zeros(1, 2))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cuda._missing.cache_clear()
