@@ -8,7 +8,11 @@ import pytest
 import torch
 from test_cpu_deep import HALF_SUM, KINDS, MEAN, E, Setting, assert_close
 
+import dlnlab
+from dlnlab.callbacks import MemberGuard
+from dlnlab.data import LowRankCompletion
 from dlnlab.kernels import DeepGuard, cuda
+from dlnlab.models import DeepLinearNetwork
 
 pytest.importorskip("triton")
 cuda_deep = pytest.importorskip("dlnlab.kernels.cuda_deep")
@@ -18,7 +22,10 @@ pytestmark = [] if cuda.interpreted() else [pytest.mark.cuda]
 KINDS = {name: kind for name, kind in KINDS.items() if name != "everything"} | {
     "label noise": {"sizes": (1, 3), "noise": (0.1,)}
 }
-TYPES = [(torch.float64, 2e-13), (torch.float32, 1e-5)]  # dozens of steps of sums of 20 x 17 terms, rounded to 1e-16, 6e-8
+TYPES = [
+    (torch.float64, 2e-13),
+    (torch.float32, 1e-5),
+]  # dozens of steps of sums of 20 x 17 terms, rounded to 1e-16, 6e-8
 
 
 def advance(setting, start, stop, loss=MEAN, status=None, stopped_at=None, guard=None):
@@ -54,7 +61,9 @@ def assert_same_bits(ours, theirs, members=slice(None)):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("widths", [(6, 4), *(pytest.param(w, marks=pytest.mark.slow) for w in ((6,), (9, 17, 4)))], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(6, 4), *(pytest.param(w, marks=pytest.mark.slow) for w in ((6,), (9, 17, 4)))], ids=str
+)
 def test_steps_agree_with_torch(name, widths):
     setting = Setting(widths, **KINDS[name])
     loss = HALF_SUM if name == "mini-batches" else MEAN
@@ -81,15 +90,15 @@ def test_a_layer_of_several_tiles_agrees_with_torch(monkeypatch):
     assert_close(setting.weights, theirs, 2e-13)  # as above
 
 
-@pytest.mark.parametrize("kind", ["without replacement", "strong decay"])
+@pytest.mark.parametrize("kind", [pytest.param("without replacement", marks=pytest.mark.slow), "strong decay"])
 def test_a_member_has_the_same_bits_in_any_company_chunks_and_launches(kind, monkeypatch):
     whole, parts, alone = (Setting((6, 4), **KINDS[kind]) for _ in range(3))
-    advance(whole, 0, 37)
+    advance(whole, 27, 35)
     monkeypatch.setattr(cuda, "LAUNCH_SECONDS", 0)  # launches of one step
-    for start, stop in ((0, 3), (3, 4), (4, 33), (33, 37)):
+    for start, stop in ((27, 28), (28, 33), (33, 35)):
         advance(parts, start, stop)
     assert_same_bits(whole, parts)
-    advance(alone, 0, 37, status=torch.tensor([1, 0, 1], dtype=torch.int8), stopped_at=torch.zeros(3).long())
+    advance(alone, 27, 35, status=torch.tensor([1, 0, 1], dtype=torch.int8), stopped_at=torch.zeros(3).long())
     assert all(torch.equal(a[1], b[1]) for a, b in zip(alone.weights, whole.weights, strict=True))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone.weights, Setting((6, 4)).weights, strict=True))
 
@@ -119,6 +128,26 @@ def test_the_guard_takes_back_and_stops_the_members_that_the_cpu_kernel_does():
     assert ours[1][0] == 2
     assert_close(ours[0].weights, theirs[0].weights, 1e-12)  # 40 steps of order 1, as above
     assert_close(ours[4], theirs[4], 1e-12)
+
+
+def test_a_whole_fit_agrees_with_one_on_the_cpu(fit, monkeypatch):
+    def end(device, **axes):
+        ensemble = dlnlab.Ensemble(lr=[0.02, 50.0], weight_decay=[1e-3], **axes)
+        model = DeepLinearNetwork(ensemble=ensemble, width=6)
+        fit(model, LowRankCompletion(shape=(5, 7)), 12, [MemberGuard(every_n_steps=6)], device=device)
+        return model.cpu()
+
+    theirs = end("cpu", batch_size=[1, 2])
+    if cuda.interpreted():
+        kernel = cuda_deep.DeepKernel
+        monkeypatch.setattr(dlnlab.kernels, "deep_kernel", lambda places, y, sizes, _: kernel(places, y, sizes))
+    else:
+        assert "batched products" in end(DEVICE, batch_size=[1, "full"]).path
+    ours = end(DEVICE, batch_size=[1, 2])
+    assert ours.path == "closed form"
+    assert set(ours.status.tolist()) == {0, 2}
+    assert torch.equal(ours.status, theirs.status)
+    assert_close(ours.weights, theirs.weights, 1e-12)  # as above
 
 
 def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):

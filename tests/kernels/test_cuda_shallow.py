@@ -9,7 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+import dlnlab
+from dlnlab.callbacks import MemberGuard
+from dlnlab.data import ScalarTarget
 from dlnlab.kernels import Course, Factors, Log, Multipliers, Rule, cuda, shallow
+from dlnlab.models import ShallowLinearNetwork
 
 pytest.importorskip("triton")
 cuda_shallow = pytest.importorskip("dlnlab.kernels.cuda_shallow")
@@ -103,3 +107,21 @@ def test_without_a_rule_nobody_stops():
     assert taken == 70
     assert (ours[-2] == 0).all()
     assert_same((ours, taken), run(without(shallow.advance_cpu), device="cpu"), rtol=1e-12, atol=1e-14)  # as above
+
+
+def test_a_whole_fit_agrees_with_one_on_the_cpu(fit, monkeypatch):
+    def end(device):
+        ensemble = dlnlab.Ensemble(lr=[0.01, 0.4, 30.0], init_scale=[0.5, 1.5], seed=2)
+        model = ShallowLinearNetwork(ensemble=ensemble, width=4)
+        fit(model, ScalarTarget(), 70, [MemberGuard(tol=1e-6, every_n_steps=10)], device=device)
+        assert model.path == "closed form"
+        return model.cpu()
+
+    theirs = end("cpu")
+    if cuda.interpreted():
+        monkeypatch.setattr(dlnlab.kernels, "shallow_kernel", lambda device: (cuda_shallow.advance_cuda, None))
+    ours = end(DEVICE)
+    assert set(ours.status.tolist()) == {0, CONVERGED, DIVERGED}
+    assert torch.equal(ours.status, theirs.status)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-12, atol=1e-14)  # as above

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cpu import make
+from test_cpu_deep import MEAN, Setting
 
 from dlnlab.kernels import cuda
 from dlnlab.kernels.diagonal import Guard, Records
@@ -111,6 +112,44 @@ def test_one_kernel_for_an_h200_serves_every_ensemble_chunk_guard_and_record(com
 def test_all_four_kernels_compile_for_an_h200(dim, dtype, compiled):
     advance(make(num_members=4, n=20, d=dim, dtype=dtype, sizes=(0, 1, 0, 1), noise=(0.0, 0.0, 0.1, 0.1)), 0, 1)
     assert len({kernel.hash for kernel in compiled}) == 4
+
+
+@needs_triton
+def test_one_kernel_of_the_shallow_network_serves_every_ensemble_and_chunk(compiled):
+    from test_cuda_shallow import run
+
+    from dlnlab.kernels.cuda_shallow import advance_cuda
+
+    for cuts, members in (((0, 64), None), ((2**33, 2**33 + 1), [3])):
+        run(advance_cuda, cuts, members=members, steps=[], device="cpu")
+    assert len(compiled) == 2
+    assert len({kernel.hash for kernel in compiled}) == 1
+    assert len(compiled[0].asm["cubin"]) > 0
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "widths, dtype",
+    [((30, 30), torch.float64)]
+    + [
+        pytest.param(widths, dtype, marks=pytest.mark.slow)
+        for widths, dtype in (((3,), torch.float64), ((100, 100, 60), torch.float64), ((100, 100, 60), torch.float32))
+    ],
+    ids=str,
+)
+def test_one_kernel_of_a_deep_network_serves_every_ensemble_chunk_and_batch(widths, dtype, compiled):
+    from dlnlab.kernels import DeepGuard
+    from dlnlab.kernels.cuda_deep import DeepKernel
+
+    for start, stop, sizes in ((0, 1, (1,)), (2**33, 2**33 + 64, (3, 16)), (5, 21, (16,))):
+        setting = Setting(widths, sizes=sizes, samplings=(0, 1, 2), noise=(0.0, 0.1), dtype=dtype)
+        DeepKernel(setting.places, setting.y, setting.sizes).advance(
+            setting.weights, setting.lazy, setting.lr, setting.decay, setting.problem, setting.batches, MEAN, start, stop,
+            guard=DeepGuard(0.0, 1e10, 16, [w.clone() for w in setting.weights]),
+        )  # fmt: skip
+    assert len(compiled) == 1 + 4 + 1 + 1  # a launch ends at every check
+    assert len({kernel.hash for kernel in compiled}) == 1
+    assert len(compiled[0].asm["cubin"]) > 0
 
 
 def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):
