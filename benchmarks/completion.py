@@ -60,15 +60,15 @@ def numpy_loop(n: int, members: int) -> Run:
     return run
 
 
-def torch_batched(n: int, members: int) -> Run:
+def torch_batched(n: int, members: int, device: str = "cpu") -> Run:
     """All members at once, in eager torch: `dlnlab.kernels.deep_step`; entries drawn ahead."""
-    places, y = (torch.from_numpy(part) for part in entries(n))
-    weights = list(torch.from_numpy(start(n, members)))
-    lr, keep = (torch.full((members,), value, dtype=torch.float64) for value in (LR, KEEP))
+    places, y = (torch.from_numpy(part).to(device) for part in entries(n))
+    weights = list(torch.from_numpy(start(n, members)).to(device))
+    lr, keep = (y.new_full((members,), value) for value in (LR, KEEP))
 
     def run(steps: int) -> None:
         nonlocal weights
-        for drawn in torch.randint(len(y), (steps, members, 1)):
+        for drawn in torch.randint(len(y), (steps, members, 1), device=device):
             weights = deep_step(weights, places[drawn], y[drawn], lr, keep, EntryLoss(1.0, True), False)
 
     return run
@@ -107,15 +107,15 @@ def jax_scan(n: int, members: int, autograd: bool) -> Run:
     return jax_run(everyone, tuple(jnp.asarray(start(n, members))), drawn, per_call)
 
 
-def kernel(n: int, members: int) -> Run:
+def kernel(n: int, members: int, device: str = "cpu") -> Run:
     """The bare kernel, with a check of every member every 1000 steps."""
-    places, y = (torch.from_numpy(part)[None] for part in entries(n))
-    weights = [w.contiguous() for w in torch.from_numpy(start(n, members))]
+    places, y = (torch.from_numpy(part)[None].to(device) for part in entries(n))
+    weights = [w.contiguous() for w in torch.from_numpy(start(n, members)).to(device)]
     lazy = torch.zeros_like(weights[0]), torch.zeros_like(weights[-1])
-    lr, keep = (torch.full((members,), value, dtype=torch.float64) for value in (LR, KEEP))
-    size, key = torch.ones(members, dtype=torch.int64), streams.keys(0, "sampling", torch.arange(members))
+    lr, keep = (y.new_full((members,), value) for value in (LR, KEEP))
+    size, key = lr.long() + 1, streams.keys(0, "sampling", torch.arange(members)).to(device)
     problem = torch.zeros_like(size)
-    batches = Batches(size, problem, key, key, torch.zeros(members))
+    batches = Batches(size, problem, key, key, torch.zeros_like(lr))
     guard = DeepGuard(0.0, 1e10, EVERY, [w.clone() for w in weights])
     engine, now = deep_kernel(places, y, [n] * (DEPTH + 1), size), 0
 

@@ -72,13 +72,14 @@ def jax_scan(width: int, members: int) -> Run:
     return jax_run(lambda state, _: everyone(state), state, None, per_call)
 
 
-def kernel(width: int, members: int, advance: Callable = advance_cpu) -> Run:
+def kernel(width: int, members: int, advance: Callable = advance_cpu, device: str = "cpu") -> Run:
     """The bare kernel, with a check of every member and a record every 100 steps."""
-    a, b = torch.from_numpy(starts(width, members))
+    a, b = torch.from_numpy(starts(width, members)).to(device)
     factors = Factors.start((a + b) / 2**0.5, (a - b) / 2**0.5)
-    state, ones = Multipliers.of(factors), torch.ones(members, dtype=torch.float64)
+    state, ones = Multipliers.of(factors), torch.ones_like(a[:, 0])
     course, rule = Course.of(factors, LR * ones, ones), Rule(0.0, 1e10, EVERY, Multipliers.of(factors))
-    status, stopped_at, now = torch.zeros(members, dtype=torch.int8), torch.full((members,), -1), 0
+    status, stopped_at = ones.to(torch.int8) - 1, ones.long() - 2
+    now = 0
 
     def run(steps: int) -> None:
         nonlocal now
