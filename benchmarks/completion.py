@@ -117,7 +117,7 @@ def kernel(n: int, members: int, device: str = "cpu") -> Run:
     problem = torch.zeros_like(size)
     batches = Batches(size, problem, key, key, torch.zeros_like(lr))
     guard = DeepGuard(0.0, 1e10, EVERY, [w.clone() for w in weights])
-    engine, now = deep_kernel(places, y, [n] * (DEPTH + 1), size), 0
+    engine, now = deep_kernel(places, y, [n] * (DEPTH + 1)), 0
 
     def run(steps: int) -> None:
         nonlocal now

@@ -26,7 +26,7 @@ SECTIONS = (
     *("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "variants", "init_from"),
     "ckpt_path",
 )
-_OPTIMIZER = "model.init_args.optimizer"
+_OPTIMIZER, _SCHEDULES = "model.init_args.optimizer", "model.init_args.schedules"
 _HOMES: tuple[tuple[type, str], ...] = (
     (Recorder, "record"),
     (MemberGuard, "guard"),
@@ -36,6 +36,7 @@ _HOMES: tuple[tuple[type, str], ...] = (
     (Callback, "trainer.callbacks"),
     (Logger, "trainer.logger"),
     (Optimizer, _OPTIMIZER),
+    (optim.StepSchedule, _SCHEDULES),
 )
 """Where in a config a class is chosen."""
 _LISTS = ("figures", "trainer.callbacks", "trainer.logger", "trainer.plugins")
@@ -45,6 +46,7 @@ _ROSTERS: dict[str, tuple[ModuleType, type | tuple[type, ...]]] = {
     "figures": (figures, Figure),
     "trainer.callbacks": (callbacks, (Measurement, ModelCheckpoint)),
     _OPTIMIZER: (optim, Optimizer),
+    _SCHEDULES: (optim, optim.StepSchedule),
 }
 _GIVEN = ("ensemble", "pairs", "params")
 """Arguments that no config gives: the ensemble has its own section, parameters are the model's."""
@@ -261,7 +263,7 @@ def _not_found(key: str, kind: str | None, said: str, name: str) -> str:
 
 
 def _known(key: str) -> str:
-    room = next((room for room in (_OPTIMIZER, *_ROSTERS) if key.startswith(room)), None)
+    room = next((room for room in (_OPTIMIZER, _SCHEDULES, *_ROSTERS) if key.startswith(room)), None)
     if room is None:
         return "give a dotted class path"
     roster, base = _ROSTERS[room]
@@ -271,7 +273,9 @@ def _known(key: str) -> str:
 
 def _can_be_chosen(thing: Any, base: type | tuple[type, ...]) -> bool:
     # A room's base.py holds what its classes inherit.
-    return isinstance(thing, type) and issubclass(thing, base) and not thing.__module__.endswith(".base")
+    if not isinstance(thing, type) or inspect.isabstract(thing) or thing.__module__.endswith(".base"):
+        return False
+    return issubclass(thing, base)
 
 
 def trainer_mistake(error: Exception, given: dict[str, Any]) -> Mistake:

@@ -20,7 +20,7 @@ from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.event_files import EventFile
 from dlnlab.models import LinearNetwork
-from dlnlab.models.base import INVARIANTS
+from dlnlab.models.base import INVARIANTS, SCHEDULED
 from dlnlab.optim import GradientFlow
 from dlnlab.schedule import Schedule
 
@@ -38,6 +38,9 @@ TAGS = {
     "l1_norm": "predictor/l1_norm",
     "gain_l1": "gain/l1",
     "gain_support_ratio": "gain/support_ratio",
+    "scheduled_lr": "schedule/lr",
+    "scheduled_weight_decay": "schedule/weight_decay",
+    "scheduled_batch_size": "schedule/batch_size",
     "sharpness": "curvature/sharpness",
     "effective_sharpness": "curvature/effective_sharpness",
     "flow_sharpness": "curvature/flow_sharpness",
@@ -107,6 +110,8 @@ class Recorder(Callback):
     The results hold every record. TensorBoard shows at most about 1000 points of a curve, the first, the last and
     evenly chosen ones between them: which they are follows from the schedule and max_steps alone.
 
+    Where a member has a schedule of lr, weight decay or batch size, what they are at the next step is recorded too.
+
     Args:
         every_n_steps: Record every so many optimizer steps.
         at: Record at these steps: `[0, 10, 100]`, `{log10: [0, 5, 60]}`, .... Step 0 and the last step are always
@@ -157,6 +162,7 @@ class Recorder(Callback):
         self._schedules: dict[str, Schedule] = {}  # of variables that do not follow the recorder's
         self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
         self._invariants: tuple[str, ...] = ()
+        self._scheduled: tuple[str, ...] = ()
         self._violated: set[str] = set()
         self.names: tuple[str, ...] = ()
         """The model's variables that are recorded, once the fit is prepared."""
@@ -181,6 +187,7 @@ class Recorder(Callback):
             self._dims |= module.dims
             defined = module.variables()
             self._invariants = tuple(name for name in INVARIANTS if self.invariants and callable(defined[name]))
+            self._scheduled = tuple(name for name in SCHEDULED if callable(defined[name]))
             self._check_memory(module)
             module.record_schedule, module.record_variables = self.schedule, self._variable_names()
         elif self.variables is not None:
@@ -229,7 +236,7 @@ class Recorder(Callback):
             self.record(0, pl_module.measure(self._variable_names()))
 
     def _variable_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.names, *self._invariants, "time")))
+        return tuple(dict.fromkeys((*self.names, *self._invariants, *self._scheduled, "time")))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Collect what the chunk has recorded."""

@@ -34,7 +34,10 @@ UNITS = {
     "effective_init": "scale of a factor, as init_scale",
     "imbalance": "square of a factor",
     "step_size": "lr times its unit",
-    "time": "steps times step size",
+    "time": "steps times step size; with a schedule the sum of the step sizes",
+    "scheduled_lr": "step size of the next step",
+    "scheduled_weight_decay": "weight decay of the next step",
+    "scheduled_batch_size": "rows, or entries, of the next step",
     "stopped_at": "optimizer steps; -1 where the member still runs",
 }
 

@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -14,10 +15,11 @@ from dlnlab.callbacks import CompletionBaselines, Measurement, RankTracker, Reco
 from dlnlab.data import LowRankCompletion, ScalarTarget, SparseRegression, SyntheticData
 from dlnlab.figures import Figure
 from dlnlab.models import LinearNetwork
+from dlnlab.optim import StepSchedule
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 OF_MATRICES = (RankTracker, CompletionBaselines)
-BASES = (LinearNetwork, SyntheticData, Measurement, Figure)
+BASES = (LinearNetwork, SyntheticData, Measurement, Figure, StepSchedule)
 
 
 def roster(room, base=object):
@@ -27,6 +29,7 @@ def roster(room, base=object):
 
 NETWORKS = roster(models, LinearNetwork)
 MEASUREMENTS = roster(callbacks, Measurement)
+SCHEDULES = roster(optim, StepSchedule)
 EVERYTHING = [c for room in (models, data, optim, callbacks, figures) for c in roster(room)]
 
 
@@ -66,7 +69,9 @@ def test_everything_is_documented_with_all_its_arguments(thing):
             assert f"{name}:" in text or thing in (models.Batch,), f"{thing.__name__} does not document {name}"
 
 
-@pytest.mark.parametrize("thing", [*NETWORKS, *roster(data), *MEASUREMENTS, *roster(figures)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "thing", [*NETWORKS, *roster(data), *MEASUREMENTS, *roster(figures), *SCHEDULES], ids=lambda c: c.__name__
+)
 def test_every_constructor_argument_has_a_default_that_works(thing):
     thing()
 
@@ -128,7 +133,15 @@ def test_a_measurement_states_one_value_per_member_and_changes_nothing(measureme
     assert [0, 3, 7, 20] in found or [3, 7, 20] in found
 
 
-@pytest.mark.parametrize("optimizer", roster(optim), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda c: c.__name__)
+def test_a_schedule_says_of_a_step_what_it_says_of_it_alone(schedule):
+    steps = np.array([0, 1, 7, 999, 1000, 1001, 10**9])
+    together = schedule()(steps)
+    assert together.dtype == np.float64
+    np.testing.assert_allclose(together, np.concatenate([schedule()(steps[i : i + 1]) for i in range(len(steps))]))
+
+
+@pytest.mark.parametrize("optimizer", roster(optim, Optimizer), ids=lambda c: c.__name__)
 def test_an_optimizer_saved_and_loaded_takes_the_same_next_step(optimizer):
     assert issubclass(optimizer, Optimizer)
 

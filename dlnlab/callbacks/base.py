@@ -41,6 +41,9 @@ class Measurement(Callback):
     last_only: ClassVar[bool] = False
     """True for what costs more than a record: without a schedule of its own it is measured at the last step only."""
 
+    of_constant_rates: ClassVar[bool] = False
+    """True for what is defined of members whose lr, weight decay and batch size do not change with the step."""
+
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
         self.schedule = (
             None if every_n_steps is None and at is None else Schedule(every_n_steps, at, of=type(self).__name__)
@@ -78,6 +81,11 @@ class Measurement(Callback):
             if recorder is None:
                 raise ValueError(f"{type(self).__name__}: give every_n_steps or at, there is no recorder to follow")
             self.schedule = recorder.schedule
+        if self.of_constant_rates and isinstance(module, LinearNetwork) and module.programme:
+            raise ValueError(
+                f"{type(self).__name__}: it is of a constant lr, weight decay and batch size, which the schedules "
+                f"{', '.join(module.programme.names)} change; leave it out, or measure it in a variant without schedules"
+            )
         self.check(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

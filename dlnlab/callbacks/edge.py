@@ -62,7 +62,8 @@ def _equal(one: tuple, other: tuple) -> bool:
 
 def _of_group(optimizer: Optimizer, group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
     """Threshold and shift of one parameter group."""
-    lr, decay = group.get("lr", math.nan), group.get("weight_decay", 0.0)
+    lr = torch.as_tensor(group.get("lr", math.nan), dtype=torch.float64)  # 2/lr of a schedule's end at 0 is infinite
+    decay = group.get("weight_decay", 0.0)
     if group.get("maximize", False):
         return math.nan, 0.0
     if isinstance(optimizer, GainSGD):

@@ -41,6 +41,7 @@ class GainBounds(Measurement):
     """
 
     last_only: ClassVar[bool] = True
+    of_constant_rates: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Raise ValueError where the gain has no such bounds."""

@@ -1,6 +1,6 @@
 """GainForecast: the effective initialisation against what gradient flow forecasts for it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class GainForecast(Measurement):
     Reference:
         pesme2021, Theorem 1 (the formula); the loss integral of gradient flow and the power: derived here.
     """
+
+    of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
         super().__init__(every_n_steps, at)

@@ -1,6 +1,6 @@
 """GainFormula: the gain against stochastic gradient flow's formula for it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class GainFormula(Measurement):
     Reference:
         pesme2021, Theorem 1 (for its stochastic gradient flow).
     """
+
+    of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
         super().__init__(every_n_steps, at)

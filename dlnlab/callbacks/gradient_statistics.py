@@ -48,7 +48,7 @@ class GradientStatistics(Measurement):
         residual = (x @ model.predictor().double()[..., None])[..., 0] - y
         single, full = (theory.initial_gradient_second_moment(teacher, size) for size in (1, n))
         measured, law = torch.empty_like(teacher), torch.empty_like(teacher)
-        kinds = list(zip(model.per_member("batch_size"), model.per_member("sampling"), strict=True))
+        kinds = list(zip(model.batch_sizes, model.per_member("sampling"), strict=True))
         for size, sampling in dict.fromkeys(kinds):
             members = [i for i, kind in enumerate(kinds) if kind == (size, sampling)]
             drawn = model.drawn(size, sampling)

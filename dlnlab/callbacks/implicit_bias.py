@@ -80,9 +80,8 @@ class ImplicitBias(Measurement):
     @staticmethod
     def _applies(model: DiagonalLinearNetwork) -> Tensor:
         """The members without weight decay and label noise, boolean (E,)."""
-        kappa = model._optimizer.param_groups[0].get("weight_decay", 0.0)
-        kappa = torch.as_tensor(kappa, dtype=torch.float64, device=model.device).expand(model.num_members)
-        return (kappa == 0) & (model.per_member_tensor("label_noise") == 0)
+        kappa = model.unscheduled("weight_decay")  # NaN where the optimizer has none
+        return ~(kappa > 0) & (model.per_member_tensor("label_noise") == 0)
 
     def _of_problems(self, model: DiagonalLinearNetwork) -> dict[str, Tensor]:
         """Minimum l1 and l2 interpolators (P, D), and whether the first is the teacher (P,); once."""

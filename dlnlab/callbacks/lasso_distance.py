@@ -1,6 +1,6 @@
 """LassoDistance: how far the predictor is from the Lasso that label noise stands for."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class LassoDistance(Measurement):
     Reference:
         Derived here, to first order in gamma, for noise that dominates the residuals.
     """
+
+    of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, average_from: int = 0, every_n_steps: int | None = None, at: Any = None) -> None:
         super().__init__(every_n_steps, at)

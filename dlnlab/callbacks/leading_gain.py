@@ -1,6 +1,6 @@
 """LeadingGain: the gain that small step sizes are predicted to have."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class LeadingGain(Measurement):
     Reference:
         Derived here.
     """
+
+    of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
         super().__init__(every_n_steps, [0] if every_n_steps is None and at is None else at)

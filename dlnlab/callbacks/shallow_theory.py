@@ -40,6 +40,9 @@ class ShallowTheory(Measurement):
     (2 eta |eps(0)|), `lr_over_norm` (eta sqrt(lambda(0)^2 + 4 Phi^2)/2), `lr_over_flow_edge` (eta lambda_GF/2),
     `lr_over_flattest_edge` (eta |Phi|, above 1 nothing converges), `escape` (v(0); above 4 all diverge).
 
+    What is of a whole path at one step size (the last paragraph, the contractions and `divergence_error`) is NaN for
+    members with a schedule; the rest is of the present one.
+
     Cost: a few passes over the parameters.
 
     Args:
@@ -57,7 +60,7 @@ class ShallowTheory(Measurement):
         optimizer = model._optimizer
         if not isinstance(optimizer, GainSGD):
             raise ValueError(f"ShallowTheory: the laws are of GainSGD's steps, not of {type(optimizer).__name__}'s")
-        if bool((torch.as_tensor(optimizer.param_groups[0]["weight_decay"]) != 0).any()) or model._has_noise:
+        if bool((model.unscheduled("weight_decay") != 0).any()) or model._has_noise:
             raise ValueError("ShallowTheory: the laws are of gradient descent without weight_decay and label_noise")
         if model.no_target is not None:
             raise ValueError(f"ShallowTheory: {model.no_target}")
@@ -66,7 +69,7 @@ class ShallowTheory(Measurement):
         """All of the above, (E,) each."""
         del batch
         optimizer, target = model._optimizer, model.target.double()
-        p, m, lr = model.p.detach().double(), model.m.detach().double(), model.step_size.to(target.device)
+        p, m, lr = model.p.detach().double(), model.m.detach().double(), model.scheduled_lr.to(target.device)
         start = optimizer.state[model.p]
         p0, m0 = start["initial_plus"], start["initial_minus"]
         eps0, norm0 = _eps(p0, m0, target), _norm(p0, m0)
@@ -75,17 +78,8 @@ class ShallowTheory(Measurement):
         ratio = torch.exp(-log_ratio)
         flow, sharpness = shallow.norm_squared_at(target, spread0), shallow.sharpness(eps, norm, target)
         predicted, converged = shallow.norm_squared_at(eps + target, spread0, ratio), model.status == CONVERGED
-        return {
-            **_law_errors(p, m, lr, target),
-            "norm_squared_error": torch.where(norm.isfinite(), (predicted / norm - 1).abs(), torch.nan),
+        of_paths = {
             "divergence_error": _divergence_error(model.status, shallow.diverges(eps0, norm0, lr, target)),
-            "imbalance_ratio": ratio,
-            "sharpness": sharpness,
-            "effective_sharpness": lr * sharpness,
-            "sharpness_over_flow": sharpness / flow,
-            "sharpness_over_flattest": sharpness / (2 * target.abs()),
-            "rate": shallow.rate(lr, norm),
-            "steps_to_converge": torch.where(converged, model.stopped_at.double(), torch.nan),
             "contraction_over_bound": log_ratio / shallow.log_contraction_bound(eps0, norm0, lr, target),
             "contraction_over_leading": log_ratio / shallow.leading_log_contraction(p0, m0, lr, target),
             "lr_over_theorem": lr / shallow.theorem_lr(eps0, norm0, target),
@@ -94,6 +88,21 @@ class ShallowTheory(Measurement):
             "lr_over_flow_edge": lr * flow / 2,
             "lr_over_flattest_edge": lr * target.abs(),
             "escape": shallow.escape(eps0, norm0, lr, target),
+        }
+        if model.programme.changes("lr"):
+            constant = (model.programme.rows < 0).to(lr.device)
+            of_paths = {name: torch.where(constant, value, torch.nan) for name, value in of_paths.items()}
+        return {
+            **_law_errors(p, m, lr, target),
+            "norm_squared_error": torch.where(norm.isfinite(), (predicted / norm - 1).abs(), torch.nan),
+            **of_paths,
+            "imbalance_ratio": ratio,
+            "sharpness": sharpness,
+            "effective_sharpness": lr * sharpness,
+            "sharpness_over_flow": sharpness / flow,
+            "sharpness_over_flattest": sharpness / (2 * target.abs()),
+            "rate": shallow.rate(lr, norm),
+            "steps_to_converge": torch.where(converged, model.stopped_at.double(), torch.nan),
         }
 
 
@@ -135,7 +144,7 @@ class LyapunovExponent(Measurement):
     def measure(self, model: ShallowLinearNetwork, batch: Any) -> dict[str, Tensor]:
         """The exponents (E,)."""
         del batch
-        lr = model.step_size.to(model.device)
+        lr = model.scheduled_lr.to(model.device)
         found = shallow.lyapunov_exponent(model.p.detach(), model.m.detach(), lr, model.target, self.num_steps)
         return {"lyapunov": torch.where(model.status == DIVERGED, torch.nan, found)}
 

@@ -453,7 +453,7 @@ class EnsembleLoss:
             with moved(self.originals, [at - step * d for at, step, d in zip(places, steps, directions, strict=True)]):
                 return self.model.losses(self.batch)
 
-        return losses, self.model.step_size.to(self.model.device)
+        return losses, self.model.scheduled_lr.to(self.model.device)
 
 
 class ModuleLoss:

@@ -58,6 +58,7 @@ class Thresholds(Measurement):
     """
 
     last_only: ClassVar[bool] = True
+    of_constant_rates: ClassVar[bool] = True
 
     def __init__(
         self,

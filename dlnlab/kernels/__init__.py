@@ -5,6 +5,7 @@ from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records, diagonal_ke
 from dlnlab.kernels.diffusion import Diffusion
 from dlnlab.kernels.factors import Factors
 from dlnlab.kernels.flow import DualFlow
+from dlnlab.kernels.rates import Rates
 from dlnlab.kernels.reference import diagonal_steps
 from dlnlab.kernels.shallow import Course, Log, Multipliers, Rule, shallow_kernel
 
@@ -20,6 +21,7 @@ __all__ = [
     "Kernel",
     "Log",
     "Multipliers",
+    "Rates",
     "Records",
     "Rule",
     "deep_kernel",

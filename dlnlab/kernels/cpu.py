@@ -19,6 +19,7 @@ from dlnlab.kernels import cpu_steps
 from dlnlab.kernels.cpu_steps import LANES, PAD
 from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records
 from dlnlab.kernels.factors import Factors, floors
+from dlnlab.kernels.rates import Rates, rate_arrays
 
 FEWEST_LANES = 10
 """From so many full-batch members of one problem on, sixteen lanes take less time than one after another."""
@@ -59,6 +60,7 @@ class DiagonalKernel(Kernel):
         guard: Guard | None,
         records: Records,
         num_threads: int,
+        rates: Rates | None,
     ) -> int:
         """See `Kernel.advance`."""
         table = cpu_steps.Members(
@@ -76,13 +78,13 @@ class DiagonalKernel(Kernel):
             if guard is None
             else cpu_steps.Guard(float(guard.tol), float(guard.bound), guard.every_n_steps, _arrays(guard.kept))
         )
-        buffers = _record_arrays(records)
+        buffers, numbers = _record_arrays(records), rate_arrays(rates, len(lr))
         blocks = _blocks(table, with_stopped=buffers.num_steps > 0)
 
         def run(part: np.ndarray) -> int:
             memory = cpu_steps.new_memory(self._problems, int(batches.size.max()))
             return cpu_steps.advance(
-                part, state, table, self._problems, rule, buffers, memory, *floors(lr.dtype), start, stop
+                part, state, table, self._problems, rule, buffers, memory, *floors(lr.dtype), start, stop, numbers
             )
 
         if num_threads == 1 or len(blocks) < 2:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dlnlab.kernels import cpu_deep_steps as steps
 from dlnlab.kernels.deep import DeepGuard, EntryLoss
 from dlnlab.kernels.diagonal import Batches
+from dlnlab.kernels.rates import Rates, rate_arrays
 
 _SLICES_PER_THREAD = 4
 
@@ -32,6 +33,9 @@ class DeepKernel:
         self._problems = steps.Problems(rows, columns, y.contiguous().numpy(), y.shape[1])
         self._network = steps.new_network(list(sizes))
 
+    def refusal(self, batch_sizes: Tensor) -> None:
+        """None: it takes steps of any batch size."""
+
     def advance(
         self,
         weights: Sequence[Tensor],
@@ -47,6 +51,7 @@ class DeepKernel:
         stopped_at: Tensor | None = None,
         guard: DeepGuard | None = None,
         num_threads: int = 1,
+        rates: Rates | None = None,
     ) -> int:
         """Take the running members from step `start` to step `stop`, in place.
 
@@ -64,10 +69,12 @@ class DeepKernel:
             stopped_at: Where members stopped, int64 (E,), likewise.
             guard: When members stop; None for never.
             num_threads: Threads that share the members.
+            rates: Lr and weight decay of the members whose schedules change them; None if all are constant.
 
         Returns:
             The steps taken: stop - start, or fewer if the last running member stopped at a check before.
         """
+        assert rates is None or rates.covers(start, stop), "factors are missing"
         status = torch.zeros_like(problem, dtype=torch.int8) if status is None else status
         stopped_at = torch.full_like(problem, -1) if stopped_at is None else stopped_at
         kept = [] if guard is None else guard.kept
@@ -85,11 +92,13 @@ class DeepKernel:
             rule = steps.Guard(float(guard.tol), float(guard.bound), guard.every_n_steps, _addresses(kept))
         scale = steps.Loss(float(loss.scale), loss.mean)
         largest, dtype = int(batches.size.max()), self._problems.y.dtype
-        running = np.flatnonzero(members.status == steps.RUNNING)
+        running, numbers = np.flatnonzero(members.status == steps.RUNNING), rate_arrays(rates, len(problem))
 
         def run(chosen: np.ndarray) -> int:
             work = steps.new_work(self._network, self._problems.num_samples, largest, dtype)
-            return steps.advance(chosen, members, self._problems, self._network, scale, rule, work, start, stop)
+            return steps.advance(
+                chosen, members, self._problems, self._network, scale, rule, work, start, stop, numbers
+            )
 
         if num_threads == 1 or len(running) < 2:
             return run(running) - start

@@ -4,15 +4,15 @@ Members run one after another, so a member's bits depend on nobody. Three kinds 
 
 - `_entry_step`, one entry (i, j): with h_1 = W_1 e_j, h_l = W_l h_{l-1} and g_{L-1} = W_L^T e_i, g_{l-1} = W_l^T g_l the
   entry is <g_1, h_1> and the gradient of layer l is g_l h_{l-1}^T. One pass down the layers finds the g's, and one up finds
-  h_l in the rows that it updates. The way up ends at W_{L-1}, where the next step's way down begins: one pass over it serves
-  both if that step's entry has been drawn (`_turn`);
+  h_l in the rows that it updates. The way up ends at W_{L-1}, where the next step's way down begins: if that step's entry
+  has been drawn, one pass over W_{L-1} serves both (`_turn`);
 - `_entries_step`, several entries: the vectors of all, then one pass that updates;
 - `_full_step`: through the products W_l ... W_1.
 
 **Lazy weight decay.** A step on entries moves one column of W_1 and one row of W_L; only decay moves the others. These two
-layers are kept as V = W/c with c the product of the decays since the last step divisible by `period`, when c goes into V
-again. Where a call begins in between it takes up V as the last one has left it (`lazy_first`, `lazy_last`), so that paths
-depend on no chunk.
+layers are kept as V = W/c with c the product of the decays since c has last gone into V: at every step divisible by
+`BLOCK`, and as soon as c is small (`_shrink`). Where a call begins in between it finds c from the decays since the last
+such step, and takes up V as the last call has left it (`lazy_first`, `lazy_last`), so that paths depend on no chunk.
 
 A member's `Work` holds every layer padded with zeros to multiples of `PAD` rows and columns, W_1 transposed.
 """
@@ -23,15 +23,14 @@ import numpy as np
 from numba import njit
 
 from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
+from dlnlab.kernels.deep import SMALLEST_SCALE
+from dlnlab.kernels.factors import PERIOD
 from dlnlab.kernels.vectors import fma, load, pointer_at, pointers, shift, splat, store, total, zeros
 
 PAD = 8
-BLOCK = 32
+BLOCK = PERIOD
 """Mini-batches are drawn for so many steps at a time, and c goes into V at the latest after as many."""
 RUNNING, CONVERGED, DIVERGED = range(3)
-
-_SMALLEST_SCALE = 2.0**-10
-"""c does not go below this: V would grow by as much."""
 
 part = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Parts of a kernel: compiled into the one function that is called, `advance`."""
@@ -469,16 +468,16 @@ def _take_lazy(layers, here, lazy, there, w, c):
 
 
 @part
-def _leave_lazy(work, net, members, m):
-    """V of the outer layers for the next call."""
+def _leave_lazy(work, net, members, m, scale):
+    """V of the outer layers for the next call, or zeros, times 1 or 0."""
     d, first, height, top = net.sizes[0], net.sizes[1], net.sizes[net.depth], net.sizes[net.depth - 1]
     for j in range(d):
         for a in range(first):
-            members.lazy_first[(m * d + j) * first + a] = work.layers[j * net.padded[1] + a]
+            members.lazy_first[(m * d + j) * first + a] = scale * work.layers[j * net.padded[1] + a]
     for i in range(height):
         at = net.layers[net.depth - 1] + i * net.padded[net.depth - 1]
         for a in range(top):
-            members.lazy_last[(m * height + i) * top + a] = work.layers[at + a]
+            members.lazy_last[(m * height + i) * top + a] = scale * work.layers[at + a]
 
 
 @part
@@ -524,16 +523,22 @@ def _copy_weights(source, target, net, m, like):
 
 
 @part
-def _period(decay):
-    """Steps between two flushes: a power of two, up to `BLOCK`, after which c is still above `_SMALLEST_SCALE`."""
-    steps, c = 1, decay
-    while steps < BLOCK and c * c >= _SMALLEST_SCALE:
-        steps, c = 2 * steps, c * c
-    return steps
+def _shrink(c, decay, step):
+    """C after the step that leads to `step`, and whether it is to go into V."""
+    c *= decay
+    return c, step % BLOCK == 0 or c < SMALLEST_SCALE
+
+
+@part
+def _rates_at(rates, m, step):
+    """Lr and decay of a member with a schedule at a step."""
+    at = rates.schedule[m] * rates.num_steps + step - rates.first
+    lr = rates.lr[m] * rates.lr_factor[at]
+    return lr, 1 - 2 * lr * (rates.weight_decay[m] * rates.weight_decay_factor[at])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def advance(chosen, members, problems, network, loss, guard, work, start, stop):
+def advance(chosen, members, problems, network, loss, guard, work, start, stop, rates):
     """Take members from `start` to `stop`, one after another.
 
     Args:
@@ -546,25 +551,31 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop):
         work: Scratch, see `new_work`.
         start: The first step.
         stop: The step after the last.
+        rates: Of the members whose lr or weight decay changes.
 
     Returns:
         `stop`, or the step at which the last running member stopped.
     """
     count_chosen, last = len(chosen), start
     chosen, members, problems, net = pointers(chosen), pointers(members), pointers(problems), pointers(network)
-    guard, work = pointers(guard), pointers(work)
+    guard, work, rates = pointers(guard), pointers(work), pointers(rates)
     like, zero, n = work.layers, zeros(work.layers, 8), problems.num_samples
     for place in range(count_chosen):
         m = chosen[place]
         if members.status[m] != RUNNING:
             continue
         p, count, decay = members.problem[m], members.batch_size[m], members.decay[m]
-        slope, noise = 2.0 * loss.scale * members.lr[m], members.noise_std[m]
+        labels, noise, scheduled = count if count > 0 else n, members.noise_std[m], rates.schedule[m] >= 0
+        steepness = 2.0 * loss.scale
+        slope = steepness * members.lr[m]
         if loss.mean:
-            slope /= count if count > 0 else n
-        labels, period, c = count if count > 0 else n, _period(decay) if count > 0 else 1, 1.0
-        for _ in range(start % period):
-            c *= decay
+            slope /= labels
+        c, flushed = 1.0, True
+        for now in range(start - start % BLOCK, start if count > 0 else 0):
+            if scheduled:
+                _, decay = _rates_at(rates, m, now)
+            c, flushed = _shrink(c, decay, now + 1)
+            c = 1.0 if flushed else c
         _take(work, net, members, m, c, like)
         work.order[n] = -1
         for e in range(labels):
@@ -578,6 +589,11 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop):
                 key = shift(members.sampling_key, 2 * m)
                 draw_rows(members.sampling[m], key, step, end, count, n, work.rows, work.order)
             for now in range(step, end):
+                if scheduled:
+                    lr, decay = _rates_at(rates, m, now)
+                    slope = steepness * lr
+                    if loss.mean:
+                        slope /= labels
                 if noise > 0:
                     draw_normals(shift(members.noise_key, 2 * m), now, labels, noise, work.noise, 0, 1)
                 if count == 0:
@@ -595,8 +611,8 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop):
                     here, turned = net.hidden[net.depth] - here if turn else here, turn
                 else:
                     _entries_step(work, net, problems, p, count, (now - step) * count, slope, decay, c, zero)
-                c *= decay
-                if (now + 1) % period == 0:
+                c, flushed = _shrink(c, decay, now + 1)
+                if flushed:
                     if c != 1:
                         _flush(work, net, c, zero)
                     c = 1.0
@@ -616,7 +632,7 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop):
                     break
         if members.status[m] == RUNNING:
             _give(work, net, members, m, c, like)
-            if step % period > 0:
-                _leave_lazy(work, net, members, m)
+            # After full batches nothing: what an older call has left must not be taken for this one's.
+            _leave_lazy(work, net, members, m, 1 if count > 0 else 0)
         last = max(last, step)
     return last

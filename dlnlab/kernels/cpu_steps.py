@@ -157,9 +157,9 @@ class Work(NamedTuple):
     gradient: np.ndarray
     residual: np.ndarray  # samples by lanes
     noise: np.ndarray  # likewise, or one for each step on one row
-    scale: np.ndarray  # by lane, as all below: lr/decay/(rows of a batch)
-    decay: np.ndarray
-    log_decay: np.ndarray
+    scale: np.ndarray  # by step of a period and lane: lr/decay/(rows of a batch)
+    decay: np.ndarray  # likewise: 1 - 2 lr weight_decay
+    log_decay: np.ndarray  # by lane, as all below
     square_sum: np.ndarray
     largest_step: np.ndarray
     loss: np.ndarray  # when last computed
@@ -427,7 +427,6 @@ def _lanes_steps(work, members, block, problems, p, sums, start, stop):
     """Full-batch steps of `LANES` members."""
     n, first, size = problems.num_samples, p * problems.rows, (problems.dim + 7) // 8 * 8
     zero = zeros(work.beta, LANES)
-    scale, decay = load(work.scale, 0, zero), load(work.decay, 0, zero)
     _set_beta(work, problems.columns * LANES, zero)
     noisy = False
     for lane in range(LANES):
@@ -446,7 +445,8 @@ def _lanes_steps(work, members, block, problems, p, sums, start, stop):
             for i in range(n * LANES):
                 work.residual[i] -= work.noise[i]
         _gradient_lanes(work, problems, p, zero)
-        _update(work, size * LANES, scale, decay)
+        at = (step - start) * LANES
+        _update(work, size * LANES, load(work.scale, at, zero), load(work.decay, at, zero))
         _add_to_sums_lanes(work, size, zero)
 
 
@@ -454,25 +454,24 @@ def _lanes_steps(work, members, block, problems, p, sums, start, stop):
 def _batch_steps(work, members, m, problems, p, count, rows, step_rows, start, stop):
     """Steps of one member on `count` rows each; those of the steps from `start` on are `step_rows` apart in `rows`."""
     zero, wide = zeros(work.beta, 8), zeros(work.beta, PAD)
-    scale, decay = splat(work.scale[0], wide), splat(work.decay[0], wide)
     _set_beta(work, problems.columns, wide)
     for step in range(start, stop):
         if members.noise_std[m] > 0:
             draw_normals(shift(members.noise_key, 2 * m), step, count, members.noise_std[m], work.noise, 0, 1)
         _gradient(work, problems, p, shift(rows, (step - start) * step_rows), count, zero)
-        _update(work, problems.columns, scale, decay)
+        _update(work, problems.columns, splat(work.scale[step - start], wide), splat(work.decay[step - start], wide))
         _add_to_sums(work, problems.columns, zero)
 
 
 @part
-def _single_row_steps(work, problems, p, decay, rows, start, stop):
+def _single_row_steps(work, problems, p, decays, rows, start, stop):
     """Steps of one member on one row each: x = lr r x_i, and the pass that updates also finds the next residual.
 
     Args:
         work: The member.
         problems: The data.
         p: The member's problem.
-        decay: 1 - c in every place of a vector, or None for a kernel without weight decay.
+        decays: 1 - c of each step, or None for a kernel without weight decay.
         rows: Those of the steps from `start` on.
         start: The first step.
         stop: The step after the last.
@@ -489,14 +488,16 @@ def _single_row_steps(work, problems, p, decay, rows, start, stop):
         following = rows[min(step + 1, stop - 1) - start]
         here, there = (p * num_rows + i) * columns, (p * num_rows + following) * columns
         doubled = total(partial) - 2 * (problems.y[p * num_rows + i] + work.noise[step - start])
-        factor = work.scale[0] / 2 * doubled
+        factor = work.scale[step - start] / 2 * doubled
         along = splat(factor, zero)
+        if decays is not None:
+            decay = splat(decays[step - start], zero)
         partial = zero
         for o in range(0, columns, width(zero)):
             x = along * load(problems.x, here + o, zero)
             plus, minus = load(work.w_plus, o, zero), load(work.w_minus, o, zero)
             plus, minus = fma(-x, plus, plus), fma(x, minus, minus)
-            if decay is not None:
+            if decays is not None:
                 plus, minus = plus * decay, minus * decay
             store(work.w_plus, o, plus)
             store(work.w_minus, o, minus)
@@ -508,15 +509,15 @@ def _single_row_steps(work, problems, p, decay, rows, start, stop):
 def _few_coordinates_steps(work, problems, p, rows, start, stop, zero):
     """`_single_row_steps` and `_accumulate_rows` in one, for a member whose coordinates are one vector in registers."""
     at, y = p * problems.rows * problems.columns, shift(problems.y, p * problems.rows)
-    decay, scale = splat(work.decay[0], zero), work.scale[0]
     plus, minus, wide = load(work.w_plus, 0, zero), load(work.w_minus, 0, zero), double(zero)
     product_plus, product_minus = load(work.product_plus, 0, wide), load(work.product_minus, 0, wide)
     step_sum = load(work.step_sum, 0, wide)
     for step in range(start, stop):
         i = rows[step - start]
         row = load(problems.x, at + i * problems.columns, zero)
+        decay = splat(work.decay[step - start], zero)
         doubled = total(row * fma(-minus, minus, plus * plus)) - 2 * (y[i] + work.noise[step - start])
-        factor = scale / 2 * doubled
+        factor = work.scale[step - start] / 2 * doubled
         along = splat(factor, zero)  # what it is multiplied by is known before it: four cycles less to wait
         plus, minus = fma(-along, row * plus, plus) * decay, fma(along, row * minus, minus) * decay
         x = double(along * row)
@@ -645,7 +646,7 @@ def new_memory(problems: Problems, largest_batch: int) -> Memory:
         largest_batch: The largest batch size that is not full.
     """
     coordinates, dtype = problems.columns * LANES, problems.x.dtype
-    numbers = 4 * coordinates + 2 * max(problems.rows * LANES, largest_batch + PAD, PERIOD) + 2 * LANES
+    numbers = 4 * coordinates + 2 * max(problems.rows * LANES, largest_batch + PAD, PERIOD) + 2 * PERIOD * LANES
     return Memory(
         aligned_zeros(numbers, dtype), aligned_zeros(5 * coordinates + 4 * LANES, np.float64),
         aligned_zeros(2 * coordinates, np.int64), aligned_zeros(problems.columns, dtype), aligned_zeros(32 * LANES, dtype),
@@ -680,7 +681,7 @@ def _new_work(memory, problems, lanes, num_rows):
     size, row = problems.columns * lanes, _rounded(lanes)
     rows = _rounded(max(problems.rows * lanes, num_rows, PERIOD))
     numbers, doubles, integers = memory.numbers, memory.doubles, memory.integers
-    for i in range(4 * size + 2 * rows + 2 * row):
+    for i in range(4 * size + 2 * rows):
         numbers[i] = 0
     for i in range(5 * size + 4 * row):
         doubles[i] = 0
@@ -690,7 +691,7 @@ def _new_work(memory, problems, lanes, num_rows):
     work = Work(
         w_plus=numbers, w_minus=shift(numbers, size), beta=shift(numbers, 2 * size), gradient=shift(numbers, 3 * size),
         residual=of_rows, noise=shift(of_rows, rows),
-        scale=of_lanes, decay=shift(of_lanes, row),
+        scale=of_lanes, decay=shift(of_lanes, PERIOD * lanes),
         product_plus=doubles, product_minus=shift(doubles, size), step_sum=shift(doubles, 2 * size),
         initial_plus=shift(doubles, 3 * size), initial_minus=shift(doubles, 4 * size),
         log_decay=sums, square_sum=shift(sums, row), largest_step=shift(sums, 2 * row), loss=shift(sums, 3 * row),
@@ -708,7 +709,26 @@ def _idle(work, lane, lanes, columns):
         work.w_plus[i], work.w_minus[i] = 1, 1
         work.product_plus[i], work.product_minus[i] = 1, 1
         work.initial_plus[i], work.initial_minus[i] = 1, 1
-    work.scale[lane], work.decay[lane], work.log_decay[lane] = 0, 1, 0
+    _set_constant_rate(work, lane, lanes, 0, 1)
+    work.log_decay[lane] = 0
+
+
+@part
+def _set_constant_rate(work, lane, lanes, scale, decay):
+    """Of all steps."""
+    for i in range(lane, PERIOD * lanes, lanes):
+        work.scale[i], work.decay[i] = scale, decay
+
+
+@part
+def _set_rates(work, lane, lanes, m, count, rates, start, stop):
+    """Those of the steps start, ..., stop - 1 of a member with a schedule, on `count` rows each."""
+    at = rates.schedule[m] * rates.num_steps - rates.first
+    for step in range(start, stop):
+        lr = rates.lr[m] * rates.lr_factor[at + step]
+        decay = 1 - 2 * lr * (rates.weight_decay[m] * rates.weight_decay_factor[at + step])
+        i = (step - start) * lanes + lane
+        work.scale[i], work.decay[i] = lr / decay / count, decay
 
 
 @part
@@ -722,8 +742,7 @@ def _take(work, lane, lanes, state, members, m, problems):
         work.step_sum[i] = state.step_sum[a]
         work.initial_plus[i], work.initial_minus[i] = members.initial_plus[a], members.initial_minus[a]
     count = members.batch_size[m] if members.batch_size[m] > 0 else problems.num_samples
-    work.scale[lane] = members.lr[m] / members.decay[m] / count
-    work.decay[lane] = members.decay[m]
+    _set_constant_rate(work, lane, lanes, members.lr[m] / members.decay[m] / count, members.decay[m])
     work.log_decay[lane] = state.log_decay[m * problems.dim]
     work.square_sum[lane], work.largest_step[lane] = state.square_sum[m], state.largest_step[m]
 
@@ -742,10 +761,15 @@ def _give(work, lane, lanes, state, m, dim):
 
 
 @part
-def _steps(work, lanes, members, block, problems, memory, start, stop):
+def _steps(work, lanes, members, block, problems, memory, start, stop, rates):
     """Take the steps start, ..., stop - 1 of a block, at most `PERIOD`."""
     first, columns = block[0], problems.columns
     p, count, rows = members.problem[first], members.batch_size[first], memory.rows
+    for lane in range(lanes):
+        m = block[lane]
+        if m >= 0 and rates.schedule[m] >= 0 and members.status[m] == RUNNING:
+            seen = count if count > 0 else problems.num_samples
+            _set_rates(work, lane, lanes, m, seen, rates, start, stop)
     if count > 0:
         key, size = shift(members.sampling_key, 2 * first), problems.num_samples
         draw_rows(members.sampling[first], key, start, stop, count, size, rows, memory.order)
@@ -765,22 +789,24 @@ def _steps(work, lanes, members, block, problems, memory, start, stop):
         elif columns == 32:
             _few_coordinates_steps(work, problems, p, rows, start, stop, zeros(work.beta, 32))
         else:
-            if work.decay[0] != 1:
-                decay = splat(work.decay[0], zeros(work.beta, PAD))
-                _single_row_steps(work, problems, p, decay, rows, start, stop)
+            if work.decay[0] != 1 or rates.schedule[first] >= 0:
+                _single_row_steps(work, problems, p, work.decay, rows, start, stop)
             else:
                 _single_row_steps(work, problems, p, None, rows, start, stop)
             _accumulate_rows(work, problems, p, rows, stop - start)
         _add_to_sums_of_rows(work, problems, p, rows, stop - start)
     for lane in range(lanes):
-        if work.decay[lane] != 1:
+        if block[lane] >= 0 and rates.schedule[block[lane]] >= 0:
+            for t in range(stop - start):
+                work.log_decay[lane] += math.log(np.float64(work.decay[t * lanes + lane]))
+        elif work.decay[lane] != 1:
             log_decay = math.log(np.float64(work.decay[lane]))
             for _ in range(start, stop):  # one by one: a chunk may end anywhere
                 work.log_decay[lane] += log_decay
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def advance(blocks, state, members, problems, guard, records, memory, floor, near, start, stop):
+def advance(blocks, state, members, problems, guard, records, memory, floor, near, start, stop, rates):
     """Take blocks of members from `start` to `stop`, one block after another.
 
     Args:
@@ -796,13 +822,14 @@ def advance(blocks, state, members, problems, guard, records, memory, floor, nea
         near: Factors below it are set from their products.
         start: The first step.
         stop: The step after the last.
+        rates: Of the members whose lr or weight decay changes.
 
     Returns:
         `stop`, or the step at which the last running member stopped.
     """
     num_blocks, last = len(blocks), start
     blocks, state, members, problems = pointers(blocks), pointers(state), pointers(members), pointers(problems)
-    guard, records, memory = pointers(guard), pointers(records), pointers(memory)
+    guard, records, memory, rates = pointers(guard), pointers(records), pointers(memory), pointers(rates)
     dim = problems.dim
     beta = memory.beta
     for b in range(num_blocks):
@@ -826,7 +853,7 @@ def advance(blocks, state, members, problems, guard, records, memory, floor, nea
                 end = min(end, step - step % guard.every_n_steps + guard.every_n_steps)
             if t < records.num_steps:
                 end = min(end, records.steps[t])
-            _steps(work, lanes, members, block, problems, memory, step, end)
+            _steps(work, lanes, members, block, problems, memory, step, end, rates)
             step = end
             if step % PERIOD == 0:
                 _renormalise(work, problems.columns * lanes, lanes, floor, near)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dlnlab.kernels.diagonal import Batches, Guard, Kernel, Records
 from dlnlab.kernels.factors import PERIOD, Factors, floors
+from dlnlab.kernels.rates import Rates
 from dlnlab.streams import SAMPLINGS
 
 if TYPE_CHECKING:
@@ -94,6 +95,24 @@ def registers(warps: int) -> int:
     return min(REGISTERS, 2048 // warps)
 
 
+def rate_tables(rates: Rates | None, members: Tensor) -> tuple["cuda_steps.Rates", tuple[int, int]]:
+    """Rates for a kernel, and the step of their first column and how many they have; without any nobody has a schedule.
+
+    Args:
+        rates: Those of the members whose lr or weight decay changes.
+        members: Any int64 tensor (E,) on the device.
+    """
+    from dlnlab.kernels import cuda_steps  # triton takes seconds to import, and is optional
+
+    if rates is None:
+        none = members.new_zeros(1, dtype=torch.float64)
+        return cuda_steps.Rates(none, none, torch.full_like(members, -1), none, none), (0, 0)
+    names = ("lr", "weight_decay", "schedule", "lr_factor", "weight_decay_factor")
+    return cuda_steps.Rates(*(getattr(rates, name).contiguous() for name in names)), (
+        rates.first, rates.lr_factor.shape[1],
+    )  # fmt: skip
+
+
 class DiagonalKernel(Kernel):
     """Trajectories of diagonal linear networks on P problems.
 
@@ -132,6 +151,7 @@ class DiagonalKernel(Kernel):
         guard: Guard | None,
         records: Records,
         num_threads: int,
+        rates: Rates | None,
     ) -> int:
         """See `Kernel.advance`."""
         device, steps = lr.device, self._steps
@@ -141,6 +161,7 @@ class DiagonalKernel(Kernel):
             batches.sampling_key.contiguous(), batches.noise_key.contiguous(), batches.noise_std.double(),
             status, stopped_at,
         )  # fmt: skip
+        courses, span = rate_tables(rates, problem)
         home = self._state(factors)
         kept = home if guard is None else self._state(guard.kept)
         tol, bound, every = (0.0, 0.0, 2**62) if guard is None else (guard.tol, guard.bound, guard.every_n_steps)
@@ -150,7 +171,8 @@ class DiagonalKernel(Kernel):
         room_to_write = self._records(records, home)
         everything = records.factors is not None
         lasts = []
-        for sampled, noisy, table, rows in self._blocks(status, problem, batches, with_stopped=bool(due)):
+        for kind, table, rows in self._blocks(status, problem, batches, courses.schedule, with_stopped=bool(due)):
+            sampled, noisy, changing = kind
             blocks, room = len(table), max(rows, steps.ROWS.value)
             memory = steps.Memory(
                 torch.empty(blocks * room * self.lanes if sampled else 1, dtype=torch.int32, device=device),
@@ -160,14 +182,14 @@ class DiagonalKernel(Kernel):
             for begin, end in self._launches(start, stop, blocks, rows):
                 integers = torch.tensor((
                     begin, end, every, bisect_right(due, begin), bisect_right(due, end), everything, self.num_samples,
-                    self.dim, len(lr), room,
+                    self.dim, len(lr), room, *span,
                 ))  # fmt: skip
                 with torch.cuda.device_of(home.w_plus):  # Triton launches on the current device
                     steps.advance[(blocks,)](
-                        table.to(device), members, self._problems, home, kept, room_to_write, memory,
+                        table.to(device), members, courses, self._problems, home, kept, room_to_write, memory,
                         steps.Plan(integers.to(device), reals),
-                        SAMPLED=sampled, NOISY=noisy, COLUMNS=self.columns, LANES=self.lanes, num_warps=self.warps,
-                        maxnreg=registers(self.warps), enable_fp_fusion=True,  # Triton's default is about to change
+                        SAMPLED=sampled, NOISY=noisy, SCHEDULED=changing, COLUMNS=self.columns, LANES=self.lanes,
+                        num_warps=self.warps, maxnreg=registers(self.warps), enable_fp_fusion=True,  # the default changes
                     )  # fmt: skip
             lasts.append(memory.last.max())
         return max([int(last) - start for last in lasts], default=0)
@@ -187,20 +209,21 @@ class DiagonalKernel(Kernel):
         return self._steps.Records(records.steps, state, records.train_loss, records.status)
 
     def _blocks(
-        self, status: Tensor, problem: Tensor, batches: Batches, with_stopped: bool
-    ) -> Iterator[tuple[bool, bool, Tensor, int]]:
-        """Members that run together, as (blocks, lanes) with -1 for none, for each of the four compiled kernels.
+        self, status: Tensor, problem: Tensor, batches: Batches, schedule: Tensor, with_stopped: bool
+    ) -> Iterator[tuple[tuple[bool, bool, bool], Tensor, int]]:
+        """Members that run together, as (blocks, lanes) with -1 for none, for each of the eight compiled kernels.
 
         What a member's kernel and block are like depends on the member alone, or its bits would depend on the others.
 
         Yields:
-            Whether batches are drawn; whether labels are noisy; the blocks; the most rows of a step.
+            Whether batches are drawn, labels noisy and rates scheduled; the blocks; the most rows of a step.
         """
         size, sampling, problem = (tensor.cpu().numpy() for tensor in (batches.size, batches.sampling, problem))
         chosen = np.arange(len(size)) if with_stopped else np.flatnonzero(status.cpu().numpy() == 0)
-        noisy = (batches.noise_std > 0).cpu().numpy()
-        for drawn, noise in product((False, True), repeat=2):
-            kind = chosen[((size[chosen] > 0) == drawn) & (noisy[chosen] == noise)]
+        noisy, scheduled = (batches.noise_std > 0).cpu().numpy(), (schedule >= 0).cpu().numpy()
+        for drawn, noise, changing in product((False, True), repeat=3):
+            alike = ((size > 0) == drawn) & (noisy == noise) & (scheduled == changing)
+            kind = chosen[alike[chosen]]
             if len(kind) == 0:
                 continue
             key = (size * len(SAMPLINGS) + sampling if drawn else np.zeros_like(size))[kind]
@@ -209,7 +232,7 @@ class DiagonalKernel(Kernel):
             groups = np.split(kind, np.flatnonzero(np.diff(key)) + 1)
             padded = [np.pad(group, (0, -len(group) % self.lanes), constant_values=-1) for group in groups]
             table = torch.from_numpy(np.concatenate(padded).reshape(-1, self.lanes))
-            yield drawn, noise, table, int(size[kind].max()) if drawn else self.num_samples
+            yield (drawn, noise, changing), table, int(size[kind].max()) if drawn else self.num_samples
 
     def _launches(self, start: int, stop: int, blocks: int, rows: int) -> Iterator[tuple[int, int]]:
         """The steps cut into launches of about `LAUNCH_SECONDS`; no result depends on where."""

@@ -8,14 +8,15 @@ batched products in torch, so a loss within rounding of a limit of the guard may
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dlnlab.kernels import cuda
-from dlnlab.kernels.deep import DeepGuard, EntryLoss
+from dlnlab.kernels.deep import SMALLEST_SCALE, DeepGuard, EntryLoss
 from dlnlab.kernels.diagonal import Batches
+from dlnlab.kernels.rates import Rates
 
 if TYPE_CHECKING:
     from dlnlab.kernels import cuda_deep_steps
@@ -28,10 +29,6 @@ TILE = 2048
 """Numbers of a layer that a program takes at once, ..."""
 WARPS = 4
 """... sixteen for each thread."""
-PERIOD = 32
-"""c goes into V at steps divisible by this (`dlnlab.kernels.cuda_deep_steps`), ..."""
-SMALLEST_SCALE = 2.0**-10
-"""... or at every step where c would come below this: V grows by as much."""
 ROOM = 256
 """Drawn entries of a member there is room for; more only where one batch needs more."""
 _ENTRY_SECONDS = 1e-5
@@ -40,19 +37,16 @@ _BYTES = 1e12
 """... and what all members together read and write in a second. Both cautiously."""
 
 
-def refusal(device: torch.device | str, sizes: Sequence[int], batch_sizes: Tensor) -> str | None:
+def refusal(device: torch.device | str, sizes: Sequence[int]) -> str | None:
     """Why the kernel cannot run, in a line, or None if it can.
 
     Args:
         device: Where the members are.
         sizes: D, H_1, ..., H_{L-1}, K.
-        batch_sizes: Entries that each member sees at a step, 0 for all.
     """
     reason = cuda.refusal(device)
     if reason is not None:
         return reason
-    if bool((batch_sizes == 0).any()) or int(batch_sizes.max()) > MAX_BATCH:
-        return f"full batches and those of more than {MAX_BATCH} entries are batched products over all members there"
     if max(sizes[1:-1]) > MAX_WIDTH:
         return f"the CUDA kernel has room for a width of {MAX_WIDTH}, the network has {max(sizes[1:-1])}"
     return None
@@ -77,6 +71,15 @@ class DeepKernel:
         self._width = max(16, 1 << (max(self.sizes[1:-1]) - 1).bit_length())
         self._rows = min(self._width, max(1, TILE // self._width))
 
+    def refusal(self, batch_sizes: Tensor) -> str | None:
+        """Why steps of these batch sizes, 0 for all entries (E,), are better taken in torch, or None if they are not.
+
+        Where some members take full batches, and so a few batched products, those of all members cost little more.
+        """
+        if bool((batch_sizes == 0).any()) or int(batch_sizes.max()) > MAX_BATCH:
+            return f"full batches and those of more than {MAX_BATCH} entries are batched products over all members"
+        return None
+
     def advance(
         self,
         weights: Sequence[Tensor],
@@ -92,6 +95,7 @@ class DeepKernel:
         stopped_at: Tensor | None = None,
         guard: DeepGuard | None = None,
         num_threads: int = 1,
+        rates: Rates | None = None,
     ) -> int:
         """Take the running members from step `start` to step `stop`, in place; see `dlnlab.kernels.cpu_deep`."""
         del num_threads
@@ -99,7 +103,8 @@ class DeepKernel:
         status = torch.zeros_like(problem, dtype=torch.int8) if status is None else status
         stopped_at = torch.full_like(problem, -1) if stopped_at is None else stopped_at
         decay = decay.double()
-        members = self._members(lr.double(), decay, problem, batches, loss, start)
+        members = self._members(lr.double(), decay, problem, batches, loss, start, rates)
+        courses = cuda.rate_tables(rates, problem)
         largest, step = int(batches.size.max()), start
         self._take_up(weights, lazy, members.scale)
         length = self._launch_length(len(status), largest)
@@ -107,7 +112,7 @@ class DeepKernel:
             end = min(stop, step + length)
             if guard is not None:
                 end = min(end, step - step % guard.every_n_steps + guard.every_n_steps)
-            self._launch(running, members, weights, lazy, largest, step, end)
+            self._launch(running, members, courses, weights, lazy, largest, step, end)
             step = end
             if step == stop or (guard is not None and step % guard.every_n_steps == 0):
                 c = members.scale[running, None, None]
@@ -118,16 +123,17 @@ class DeepKernel:
         return step - start
 
     def _members(
-        self, lr: Tensor, decay: Tensor, problem: Tensor, batches: Batches, loss: EntryLoss, start: int
-    ) -> "cuda_deep_steps.Members":
+        self, lr: Tensor, decay: Tensor, problem: Tensor, batches: Batches, loss: EntryLoss, start: int,
+        rates: Rates | None,
+    ) -> "cuda_deep_steps.Members":  # fmt: skip
         """What members do, with c as it is at the first step."""
-        period = torch.where(decay**PERIOD >= SMALLEST_SCALE, PERIOD, 1)
         c = torch.ones_like(decay)
-        for passed in range(start % PERIOD):  # one after another, as the steps round it
-            c = torch.where(passed < start % period, c * decay, c)
+        for step in range(Rates.first_of(start), start):
+            c *= decay if rates is None else torch.where(rates.schedule < 0, decay, rates.at(step, torch.float64)[1])
+            c = torch.where(c < SMALLEST_SCALE, 1.0, c)
         slope = torch.full_like(lr, 2 * loss.scale) / (batches.size if loss.mean else 1)
         return self._steps.Members(
-            lr.contiguous(), decay.contiguous(), slope, c, period, problem.contiguous(), batches.size.contiguous(),
+            lr.contiguous(), decay.contiguous(), slope, c, problem.contiguous(), batches.size.contiguous(),
             batches.sampling.contiguous(), batches.sampling_key.contiguous(), batches.noise_key.contiguous(),
             batches.noise_std.double().contiguous(),
         )  # fmt: skip
@@ -145,8 +151,8 @@ class DeepKernel:
         return max(1, int(cuda.LAUNCH_SECONDS / max(moved, _ENTRY_SECONDS * largest * len(self.sizes))))
 
     def _launch(
-        self, running: Tensor, members: "cuda_deep_steps.Members", weights: Sequence[Tensor],
-        lazy: tuple[Tensor, Tensor], largest: int, start: int, stop: int,
+        self, running: Tensor, members: "cuda_deep_steps.Members", courses: tuple[Any, tuple[int, int]],
+        weights: Sequence[Tensor], lazy: tuple[Tensor, Tensor], largest: int, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Take the running members from one step to another, all but the outer layers, which stay V."""
         steps, depth, programs, device = self._steps, len(weights), len(running), running.device
@@ -159,13 +165,13 @@ class DeepKernel:
             torch.empty(programs, self.num_samples, dtype=torch.int32, device=device),
         )  # fmt: skip
         plan = steps.Plan(
-            torch.tensor((start, stop, self.num_samples, largest, room), device=device),
+            torch.tensor((start, stop, self.num_samples, largest, room, *courses[1]), device=device),
             torch.tensor(self.sizes, device=device),
         )
         with torch.cuda.device_of(running):  # Triton launches on the current device
             steps.advance[(programs,)](
-                running, members, self._problems, tuple(weights), *lazy, memory, plan, DEPTH=depth, WIDTH=self._width,
-                ROWS=self._rows, num_warps=WARPS, enable_fp_fusion=True,  # Triton's default is about to change
+                running, members, courses[0], self._problems, tuple(weights), *lazy, memory, plan, DEPTH=depth,
+                WIDTH=self._width, ROWS=self._rows, num_warps=WARPS, enable_fp_fusion=True,  # the default changes
             )  # fmt: skip
 
     def _check(

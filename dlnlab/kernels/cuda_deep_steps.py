@@ -6,8 +6,8 @@ its entries on the way down, and on the way up the h's in the rows of the layers
 ones is read twice and written once, `ROWS` rows at a time. Layers and vectors are in memory, which for the widths of
 interest means the caches.
 
-The outer layers are kept as V = W/c, c the product of the decays since the last step divisible by the member's period
-(`dlnlab.kernels.cpu_deep_steps`): V of W_1, transposed, and of W_L are what the launch works on.
+The outer layers are kept as V = W/c, c the product of the decays since it has last gone into V
+(`dlnlab.kernels.cpu_deep_steps`): V of W_1, transposed, and of W_L are what a launch works on.
 
 **A member's bits depend on no company.** The order of sums follows from the network's widths, and nothing that a launch
 decides is known at compile time (`Plan`).
@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlnlab.kernels.cuda_steps import draw, normal
+from dlnlab.kernels import deep
+from dlnlab.kernels.cuda_steps import PERIOD, Rates, draw, normal
 
+SMALLEST_SCALE = tl.constexpr(deep.SMALLEST_SCALE)
 FLUSH = tl.constexpr(1024)
 """Numbers of an outer layer that c goes into at once."""
 
@@ -34,7 +36,6 @@ class Members(NamedTuple):
     decay: Tensor  # 1 - 2 lr weight_decay
     slope: Tensor  # the loss's derivative for a residual of one
     scale: Tensor  # c, changed in place
-    period: Tensor  # steps between two flushes
     problem: Tensor
     batch_size: Tensor
     sampling: Tensor
@@ -64,7 +65,9 @@ class Memory(NamedTuple):
 class Plan(NamedTuple):
     """The numbers of a launch, in memory so that the kernel is compiled for none of them."""
 
-    integers: Tensor  # int64: first and last step, N, the largest batch, the drawn entries there is room for
+    integers: Tensor
+    """int64: first and last step, N, the largest batch, the drawn entries there is room for, the step of the rates' first
+    column, and their columns."""
     sizes: Tensor  # int64: D, H_1, ..., H_{L-1}, K
 
 
@@ -135,13 +138,14 @@ def _multiply(values, count, factor):
 
 
 @triton.jit
-def advance(chosen, members: Members, problems: Problems, weights, first, last, memory: Memory, plan: Plan,
+def advance(chosen, members: Members, rates: Rates, problems: Problems, weights, first, last, memory: Memory, plan: Plan,
             DEPTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Take one member from one step to another.
 
     Args:
         chosen: Numbers of the running members, int64.
         members: c changes in place.
+        rates: Of the members whose lr or weight decay changes.
         problems: The data.
         weights: W_1, ..., W_L, (E, H_l, H_{l-1}); those between the outer ones change in place.
         first: V of W_1 transposed, (E, D, H_1), changed in place.
@@ -172,7 +176,12 @@ def advance(chosen, members: Members, problems: Problems, weights, first, last, 
     noise0 = tl.load(members.noise_key + 2 * m).to(tl.uint32)
     noise1 = tl.load(members.noise_key + 2 * m + 1).to(tl.uint32)
     noise_std, slope = tl.load(members.noise_std + m), tl.load(members.slope + m)
-    period, c = tl.load(members.period + m), tl.load(members.scale + m)
+    lr, decay, c = tl.load(members.lr + m), tl.load(members.decay + m), tl.load(members.scale + m)
+    schedule = tl.load(rates.schedule + m)
+    base_lr, base_kappa = lr, lr * 0
+    if schedule >= 0:
+        base_lr, base_kappa = tl.load(rates.lr + m), tl.load(rates.weight_decay + m)
+    factor_at = schedule * tl.load(plan.integers + 6) - tl.load(plan.integers + 5)
     entries = tl.load(members.problem + m) * n
 
     step, epoch = start, start * 0 - 1
@@ -181,7 +190,9 @@ def advance(chosen, members: Members, problems: Problems, weights, first, last, 
         epoch = draw(rows, order, epoch, key0, key1, sampling, step, end, count, n, 1)
         for passed in range(0, end - step):
             now = step + passed
-            lr, decay = tl.load(members.lr + m), tl.load(members.decay + m)
+            if schedule >= 0:
+                lr = base_lr * tl.load(rates.lr_factor + factor_at + now)
+                decay = 1 - 2 * lr * (base_kappa * tl.load(rates.weight_decay_factor + factor_at + now))
             drawn = rows + passed * count
             for e in range(0, count):
                 entry = entries + tl.load(drawn + e)
@@ -204,7 +215,7 @@ def advance(chosen, members: Members, problems: Problems, weights, first, last, 
                 _add(first + tl.load(problems.columns + entry) * bottom, g + e * size, bottom, scale, WIDTH)
                 _add(last + tl.load(problems.rows + entry) * top, h + e * size + (DEPTH - 2) * WIDTH, top, scale, WIDTH)
             tl.debug_barrier()
-            if (now + 1) % period == 0:
+            if ((now + 1) % PERIOD == 0) | (c < SMALLEST_SCALE):
                 _multiply(first, dim * bottom, c.to(NUMBER))
                 _multiply(last, height * top, c.to(NUMBER))
                 tl.debug_barrier()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlnlab.kernels import cuda
+from dlnlab.kernels.rates import Rates
 from dlnlab.kernels.shallow import Course, Log, Multipliers, Rule
 
 LANES = 32
@@ -24,12 +25,13 @@ _RATE = 2e11
 
 def advance_cuda(
     state: Multipliers, course: Course, start: int, stop: int, status: Tensor, stopped_at: Tensor, rule: Rule | None,
-    log: Log, num_threads: int = 1,
+    log: Log, num_threads: int = 1, rates: Rates | None = None,
 ) -> int:  # fmt: skip
     """Blocks of members in Triton, those that have stopped left out of the next launch; see `shallow_kernel`."""
     del num_threads
     from dlnlab.kernels import cuda_shallow_steps as steps  # triton takes seconds to import, and is optional
 
+    courses, span = cuda.rate_tables(rates, stopped_at)
     home, device = steps.State(**vars(state)), status.device
     kept = home if rule is None else steps.State(**vars(rule.kept))
     tol, bound, every = (0.0, 0.0, 2**62) if rule is None else (rule.tol, rule.bound, rule.every_n_steps)
@@ -49,10 +51,10 @@ def advance_cuda(
             rows[first:beyond, stopped] = now[stopped]
         if len(running) == 0:
             continue
-        integers = torch.tensor((begin, end, every, first, beyond, len(status), len(running)), device=device)
+        integers = torch.tensor((begin, end, every, first, beyond, len(status), len(running), *span), device=device)
         with torch.cuda.device_of(status):  # Triton launches on the current device
             steps.advance[(-(-len(running) // LANES),)](
-                running, members, home, kept, records, last, steps.Plan(integers, reals), LANES=LANES, num_warps=1,
+                running, members, courses, home, kept, records, last, steps.Plan(integers, reals), LANES=LANES, num_warps=1,
                 enable_fp_fusion=True,  # Triton's default is about to change
             )  # fmt: skip
     return int(last) - start

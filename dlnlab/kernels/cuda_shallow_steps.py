@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlnlab.kernels import shallow
-from dlnlab.kernels.cuda_steps import CONVERGED, DIVERGED, PERIOD, split_powers
+from dlnlab.kernels.cuda_steps import CONVERGED, DIVERGED, PERIOD, Rates, split_powers
 
 LOWEST = tl.constexpr(shallow.LOWEST)
 
@@ -90,19 +90,20 @@ def _store(target: State, at, now, mask):
 
 
 @triton.jit
-def advance(chosen, members: Members, state: State, kept: State, records: Records, last, plan: Plan,
+def advance(chosen, members: Members, rates: Rates, state: State, kept: State, records: Records, last, plan: Plan,
             LANES: tl.constexpr):  # fmt: skip
     """Take `LANES` members from one step to another.
 
     Args:
         chosen: Numbers of the running members, int64.
         members: Status and stopped_at change in place.
+        rates: Of the members whose lr changes.
         state: Advanced in place; a stopped member stays as it is.
         kept: Each member at its last check, changed in place.
         records: Filled for the chosen.
         last: One int64, raised to the last step that any member has taken.
-        plan: First and last step, the guard's period, the first record and the one after the last, E, and how many are
-            chosen.
+        plan: First and last step, the guard's period, the first record and the one after the last, E, how many are chosen,
+            and the first column's step and the number of columns of the rates.
         LANES: Members of a program.
     """
     start, stop, every = tl.load(plan.integers), tl.load(plan.integers + 1), tl.load(plan.integers + 2)
@@ -119,6 +120,9 @@ def advance(chosen, members: Members, state: State, kept: State, records: Record
     status, stopped_at = tl.load(members.status + m).to(tl.int32), tl.load(members.stopped_at + m)
     plus, minus, exponent_plus, exponent_minus, step_sum, square_sum, largest_step = _load(state, m, there)
 
+    schedule = tl.load(rates.schedule + m)
+    scheduled, factor_at = schedule >= 0, schedule * tl.load(plan.integers + 8) - tl.load(plan.integers + 7)
+
     running = there
     num_running = tl.sum(running.to(tl.int32), axis=0)
     step = start
@@ -127,8 +131,8 @@ def advance(chosen, members: Members, state: State, kept: State, records: Record
         end = tl.minimum(end, tl.load(records.steps + t, mask=t < num_records, other=stop))
         two_plus, two_minus = _two_to(exponent_plus), _two_to(exponent_minus)
         scale_plus, scale_minus = half_plus * two_plus * two_plus, half_minus * two_minus * two_minus
-        rate = tl.where(running, lr, 0.0)
-        for _ in range(0, end - step):
+        for i in range(0, end - step):
+            rate = lr * tl.load(rates.lr_factor + factor_at + step + i, mask=scheduled, other=1.0)
             eps = tl.fma(scale_plus * plus, plus, tl.fma(-scale_minus * minus, minus, -target))
             x = tl.where(running, rate * eps, 0.0)  # a stopped member's eps may be infinite
             plus, minus = tl.fma(-x, plus, plus), tl.fma(x, minus, minus)

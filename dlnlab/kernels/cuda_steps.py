@@ -17,10 +17,10 @@ about 50 cycles a member-step of a multiprocessor, 0.2 ns a member-step of the d
 update and of the stream's integers, about 8 cycles, 0.03 ns.
 
 **A member's bits depend on no company.** There is one compiled kernel per (padded D, number type, full or drawn batches,
-clean or noisy labels), which are the member's own; a column of a tensor is added up in the same order whichever column it
-is; and members share nothing else. Therefore nothing that a launch decides is a compile-time constant or an argument by
-value (Triton compiles a kernel anew for integers that are 1 or divisible by 16, and passes floats in single precision):
-see `Plan`.
+clean or noisy labels, constant or scheduled rates), which are the member's own; a column of a tensor is added up in the
+same order whichever column it is; and members share nothing else. Therefore nothing that a launch decides is a
+compile-time constant or an argument by value (Triton compiles a kernel anew for integers that are 1 or divisible by 16,
+and passes floats in single precision): see `Plan`.
 
 Checked in Triton's interpreter, and compiled for sm_90; it has not run on a GPU.
 """
@@ -76,6 +76,16 @@ class Members(NamedTuple):
     noise_std: Tensor
     status: Tensor
     stopped_at: Tensor
+
+
+class Rates(NamedTuple):
+    """`dlnlab.kernels.Rates`: float64, the schedule int64."""
+
+    lr: Tensor  # (E,)
+    weight_decay: Tensor  # (E,)
+    schedule: Tensor  # (E,)
+    lr_factor: Tensor  # (S, k)
+    weight_decay_factor: Tensor  # (S, k)
 
 
 class Problems(NamedTuple):
@@ -323,23 +333,25 @@ def _record(t, records: Records, state: State, places, now, status, loss, everyt
 
 
 @triton.jit
-def advance(blocks, members: Members, problems: Problems, state: State, kept: State, records: Records, memory: Memory,
-            plan: Plan, SAMPLED: tl.constexpr, NOISY: tl.constexpr, COLUMNS: tl.constexpr,
-            LANES: tl.constexpr):  # fmt: skip
+def advance(blocks, members: Members, rates: Rates, problems: Problems, state: State, kept: State, records: Records,
+            memory: Memory, plan: Plan, SAMPLED: tl.constexpr, NOISY: tl.constexpr, SCHEDULED: tl.constexpr,
+            COLUMNS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Take one block of members from one step to another.
 
     Args:
         blocks: Member numbers (blocks, LANES), int64, -1 for none. Members of a block have one batch size and sampling.
         members: Status and stopped_at change in place.
+        rates: Of the members whose lr or weight decay changes.
         problems: The data.
         state: Advanced in place; a stopped member stays as it is.
         kept: Each member at its last check, changed in place.
         records: Filled.
         memory: Scratch, and the last step of each block.
         plan: First and last step, the guard's period, the first record and the one after the last, whether records are of
-            everything, N, D, E, and the drawn rows there is room for.
+            everything, N, D, E, the drawn rows there is room for, and the step of the first factor and how many there are.
         SAMPLED: Whether the block's batches are drawn, or full.
         NOISY: Whether their labels are.
+        SCHEDULED: Whether their rates change with the step.
         COLUMNS: D, padded to a power of two.
         LANES: Members of a block.
     """
@@ -374,6 +386,9 @@ def advance(blocks, members: Members, problems: Problems, state: State, kept: St
     sampling1 = tl.load(members.sampling_key + 2 * m + 1).to(tl.uint32)
     noise0 = tl.load(members.noise_key + 2 * m).to(tl.uint32)
     noise1 = tl.load(members.noise_key + 2 * m + 1).to(tl.uint32)
+    if SCHEDULED:
+        base_lr, base_decay = tl.load(rates.lr + m), tl.load(rates.weight_decay + m)
+        factor_at = tl.load(rates.schedule + m) * tl.load(plan.integers + 11) - tl.load(plan.integers + 10)
     problem = tl.load(members.problem + m)
     x_at = problems.x + (problem * size * COLUMNS)[None, :] + j[:, None]
     y_at = problems.y + problem * size
@@ -394,6 +409,13 @@ def advance(blocks, members: Members, problems: Problems, state: State, kept: St
         shrink = tl.where(running, decay, 1)
         log_shrink = tl.log(shrink.to(tl.float64))
         for i in range(0, end - step):
+            if SCHEDULED:
+                lr = base_lr * tl.load(rates.lr_factor + factor_at + step + i)
+                kappa = base_decay * tl.load(rates.weight_decay_factor + factor_at + step + i)
+                keep = 1.0 - 2.0 * lr * kappa
+                scale = (lr / keep / count.to(tl.float64)).to(scale.dtype)
+                shrink = tl.where(running, keep, 1.0).to(shrink.dtype)
+                log_shrink = tl.log(shrink.to(tl.float64))
             beta = tl.fma(-minus, minus, plus * plus) * 0.5
             g = _gradient(beta, x_at, y_at, rows + i * count * LANES, count, noise_std, noise0, noise1, step + i,
                           SAMPLED, NOISY, COLUMNS, LANES)  # fmt: skip

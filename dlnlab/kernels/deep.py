@@ -6,18 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 2.0**-10
+"""Compiled kernels keep outer layers W as V = W/c, and c goes into V once it is below this: V would grow by as much."""
 
-def deep_kernel(places: Tensor, y: Tensor, sizes: list[int], batch_sizes: Tensor) -> Any:
+
+def deep_kernel(places: Tensor, y: Tensor, sizes: list[int]) -> Any:
     """The compiled kernel of the device that holds the entries.
 
     Args:
         places: (row, column) of the observed entries, int64 (P, N, 2).
         y: Their values (P, N).
         sizes: D, H_1, ..., H_{L-1}, K.
-        batch_sizes: Entries that each member sees at a step, 0 for all (E,).
 
     Returns:
         A `DeepKernel` of `dlnlab.kernels.cpu_deep` or `dlnlab.kernels.cuda_deep`, or a line saying why there is none.
+        Its `refusal` says why it does not take steps of some batch sizes.
     """
     if places.device.type == "cpu":
         from dlnlab.kernels import cpu_deep  # brings numba, which only a fit needs
@@ -25,7 +28,7 @@ def deep_kernel(places: Tensor, y: Tensor, sizes: list[int], batch_sizes: Tensor
         return cpu_deep.DeepKernel(places, y, sizes)
     from dlnlab.kernels import cuda_deep
 
-    refusal = cuda_deep.refusal(places.device, sizes, batch_sizes)
+    refusal = cuda_deep.refusal(places.device, sizes)
     return cuda_deep.DeepKernel(places, y, sizes) if refusal is None else refusal
 
 

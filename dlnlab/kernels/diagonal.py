@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlnlab.kernels.factors import Factors
+from dlnlab.kernels.rates import Rates
 
 
 def diagonal_kernel(x: Tensor, y: Tensor) -> "Kernel | str":
@@ -133,6 +134,7 @@ class Kernel(ABC):
         guard: Guard | None = None,
         records: Records | None = None,
         num_threads: int = 1,
+        rates: Rates | None = None,
     ) -> int:
         """Take the running members from step `start` to step `stop`, in place.
 
@@ -151,10 +153,12 @@ class Kernel(ABC):
             records: What to write at steps in (start, stop]; a stopped member's state is repeated. A step that has both
                 a check and a record is checked first.
             num_threads: Threads of a CPU that share the members.
+            rates: Lr and weight decay of the members whose schedules change them; None if all are constant.
 
         Returns:
             The steps taken: stop - start, or fewer if the last running member stopped at a check before.
         """
+        assert rates is None or rates.covers(start, stop), "factors are missing"
         lr = lr.to(factors.w_plus.dtype)
         return self._advance(
             factors,
@@ -169,6 +173,7 @@ class Kernel(ABC):
             guard,
             Records.allocate([], factors) if records is None else records,
             num_threads,
+            rates,
         )
 
     @abstractmethod
@@ -186,5 +191,6 @@ class Kernel(ABC):
         guard: Guard | None,
         records: Records,
         num_threads: int,
+        rates: Rates | None,
     ) -> int:
         """`advance` on the device, nothing left out."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dlnlab.kernels.factors import PERIOD, Factors, floors
+from dlnlab.kernels.rates import Rates, rate_arrays
 
 LOWEST = -400
 """Where a step is computed, smaller exponents of P and M are as this. Their squares count for nothing beside Phi, but as
@@ -137,7 +138,7 @@ class Log:
         return cls(list(steps), room, room.exponent_plus.to(torch.int8))
 
 
-Advance = Callable[[Multipliers, Course, int, int, Tensor, Tensor, Rule | None, Log, int], int]
+Advance = Callable[[Multipliers, Course, int, int, Tensor, Tensor, Rule | None, Log, int, Rates | None], int]
 
 
 def shallow_kernel(device: torch.device) -> tuple[Advance, str | None]:
@@ -151,6 +152,7 @@ def shallow_kernel(device: torch.device) -> tuple[Advance, str | None]:
     - a `Rule`, or None where no member is ever stopped; members are checked at steps divisible by its period;
     - a `Log` of steps after the first one, filled; a step that has both a check and a record is checked first;
     - the threads of a CPU that share the members;
+    - `Rates`, of which lr alone counts here, or None where every lr is constant;
 
     and returns the steps taken, fewer than asked for where the last running member stopped at a check before.
     """
@@ -164,7 +166,7 @@ def shallow_kernel(device: torch.device) -> tuple[Advance, str | None]:
 
 def advance_torch(
     state: Multipliers, course: Course, start: int, stop: int, status: Tensor, stopped_at: Tensor, rule: Rule | None,
-    log: Log, num_threads: int = 1,
+    log: Log, num_threads: int = 1, rates: Rates | None = None,
 ) -> int:  # fmt: skip
     """Batched tensor arithmetic on any device: what the compiled kernel is held to; see `shallow_kernel`."""
     del num_threads
@@ -176,7 +178,7 @@ def advance_torch(
             end = min(end, step - step % rule.every_n_steps + rule.every_n_steps)
         part = state.map(lambda tensor: tensor[running])  # noqa: B023 - used at once
         here = Course(**{name: value if name == "width" else value[running] for name, value in vars(course).items()})
-        _take_steps(part, here, step, end)
+        _take_steps(part, here, step, end, None if rates is None else rates.pick(running))
         for whole, some in zip(vars(state).values(), vars(part).values(), strict=True):
             whole[running] = some
         step = end
@@ -191,15 +193,17 @@ def advance_torch(
     return step - start
 
 
-def _take_steps(state: Multipliers, course: Course, start: int, stop: int) -> None:
+def _take_steps(state: Multipliers, course: Course, start: int, stop: int, rates: Rates | None) -> None:
     """Take the steps start, ..., stop - 1, in place."""
     for first in range(start - start % PERIOD, stop, PERIOD):
         scales = course.lr * course.half_plus, course.lr * course.half_minus
         exponents = state.exponent_plus, state.exponent_minus
         plus, minus = (scale * two_to(e, LOWEST) ** 2 for scale, e in zip(scales, exponents, strict=True))
         shift = course.lr * course.target
-        for _ in range(max(first, start), min(first + PERIOD, stop)):
+        for step in range(max(first, start), min(first + PERIOD, stop)):
             x = plus * state.product_plus.square() - minus * state.product_minus.square() - shift
+            if rates is not None:
+                x *= rates.factor(step)[0]
             state.product_plus.mul_(1 - x)
             state.product_minus.mul_(1 + x)
             state.step_sum.add_(x)
@@ -239,7 +243,7 @@ def _write(log: Log, t: int, state: Multipliers, status: Tensor) -> None:
 
 def advance_cpu(
     state: Multipliers, course: Course, start: int, stop: int, status: Tensor, stopped_at: Tensor, rule: Rule | None,
-    log: Log, num_threads: int = 1,
+    log: Log, num_threads: int = 1, rates: Rates | None = None,
 ) -> int:  # fmt: skip
     """Sixteen members side by side in compiled code, those that have stopped left out; see `shallow_kernel`."""
     import numpy as np
@@ -259,9 +263,10 @@ def advance_cpu(
     rows = shallow_steps.State(*(tensor.flatten().numpy() for tensor in vars(log.state).values()))
     steps = np.array(log.steps, dtype=np.int64)
     records = shallow_steps.Records(steps, len(steps), rows, log.status.flatten().numpy())
+    numbers = rate_arrays(rates, len(status))
 
     def run(part: np.ndarray) -> int:
-        return shallow_steps.advance(part, len(part), arrays, members, guard, records, start, stop)
+        return shallow_steps.advance(part, len(part), arrays, members, guard, records, start, stop, numbers)
 
     everyone = np.arange(len(status))
     if num_threads == 1 or len(everyone) <= shallow_steps.LANES:

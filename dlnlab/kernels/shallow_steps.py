@@ -82,8 +82,10 @@ class Work(NamedTuple):
     scale_plus: np.ndarray  # lr |p(0)|^2/2 4^exponent_plus
     scale_minus: np.ndarray
     shift: np.ndarray  # lr target
+    factors: np.ndarray  # of lr, at a step
     exponent_plus: np.ndarray
     exponent_minus: np.ndarray
+    at: np.ndarray  # where the factors of lr begin in their table; -1 where there are none
 
 
 @part
@@ -92,7 +94,8 @@ def _new_work(numbers, integers):
         numbers, shift(numbers, LANES), shift(numbers, 2 * LANES), shift(numbers, 3 * LANES), shift(numbers, 4 * LANES),
         shift(numbers, 5 * LANES), shift(numbers, 6 * LANES), shift(numbers, 7 * LANES), shift(numbers, 8 * LANES),
         shift(numbers, 9 * LANES), shift(numbers, 10 * LANES), shift(numbers, 11 * LANES), shift(numbers, 12 * LANES),
-        shift(numbers, 13 * LANES), integers, shift(integers, LANES),
+        shift(numbers, 13 * LANES), shift(numbers, 14 * LANES), integers, shift(integers, LANES),
+        shift(integers, 2 * LANES),
     )  # fmt: skip
 
 
@@ -161,6 +164,30 @@ def _take_steps(work, count, width):
 
 
 @part
+def _take_scheduled_steps(work, count, width, at, rates, now):
+    """The same where lr has a factor; `at` says where in the tables each lane's begin, -1 for a factor of 1."""
+    like, factors = zeros(work.product_plus, 16), work.factors
+    plus, minus = load(work.product_plus, 0, like), load(work.product_minus, 0, like)
+    step_sum, square_sum = load(work.step_sum, 0, like), load(work.square_sum, 0, like)
+    peak = load(work.largest_step, 0, like)
+    scale_plus, scale_minus = load(work.scale_plus, 0, like), -load(work.scale_minus, 0, like)
+    away, wide = -load(work.shift, 0, like), splat(width, like)
+    for step in range(now, now + count):
+        for lane in range(LANES):
+            factors[lane] = rates.lr_factor[at[lane] + step - rates.first] if at[lane] >= 0 else 1.0
+        x = load(factors, 0, like) * fma(scale_plus * plus, plus, fma(scale_minus * minus, minus, away))
+        plus, minus = fma(-x, plus, plus), fma(x, minus, minus)
+        step_sum = step_sum + x
+        square_sum = fma(wide * x, x, square_sum)
+        peak = largest(x, peak)
+    store(work.product_plus, 0, plus)
+    store(work.product_minus, 0, minus)
+    store(work.step_sum, 0, step_sum)
+    store(work.square_sum, 0, square_sum)
+    store(work.largest_step, 0, peak)
+
+
+@part
 def _copy(source, m, target, row):
     """Member m of a state, to a row of another."""
     target.product_plus[row], target.product_minus[row] = source.product_plus[m], source.product_minus[m]
@@ -188,7 +215,7 @@ def _check(work, lane, m, step, state, members, guard):
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def advance(everyone, count, state, members, guard, records, start, stop):
+def advance(everyone, count, state, members, guard, records, start, stop, rates):
     """Take members to step `stop`, in place.
 
     Args:
@@ -200,13 +227,15 @@ def advance(everyone, count, state, members, guard, records, start, stop):
         records: Filled.
         start: The first step.
         stop: The step after the last.
+        rates: Of the members whose lr changes.
 
     Returns:
         `stop`, or the step at which the last running member stopped.
     """
-    numbers, integers, running = np.zeros(14 * LANES), np.zeros(2 * LANES, np.int64), np.zeros(count, np.int64)
+    numbers, integers, running = np.zeros(15 * LANES), np.zeros(3 * LANES, np.int64), np.zeros(count, np.int64)
     work, order, everyone = _new_work(pointers(numbers), pointers(integers)), pointers(running), pointers(everyone)
     state, members, guard, records = pointers(state), pointers(members), pointers(guard), pointers(records)
+    rates = pointers(rates)
     num_running = 0
     for i in range(count):
         if members.status[everyone[i]] == RUNNING:
@@ -225,10 +254,18 @@ def advance(everyone, count, state, members, guard, records, start, stop):
             lanes = min(LANES, num_running - first)
             _take(work, order, first, lanes, state, members)
             _rescale(work)
+            scheduled = False
+            for lane in range(LANES):
+                row = rates.schedule[order[first + lane]] if lane < lanes else -1
+                work.at[lane] = row * rates.num_steps if row >= 0 else -1
+                scheduled |= row >= 0
             now = step
             while now < end:
                 until = min(end, now - now % PERIOD + PERIOD)
-                _take_steps(work, until - now, members.width)
+                if scheduled:
+                    _take_scheduled_steps(work, until - now, members.width, work.at, rates, now)
+                else:
+                    _take_steps(work, until - now, members.width)
                 now = until
                 if now % PERIOD == 0:
                     _split_powers(work.product_plus, work.exponent_plus, LANES)

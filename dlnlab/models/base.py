@@ -37,6 +37,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -45,11 +46,12 @@ from torch.optim import Optimizer
 from dlnlab import checks, streams
 from dlnlab.data.base import Problems, refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
-from dlnlab.kernels import Batches
+from dlnlab.kernels import Batches, Rates
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
+from dlnlab.models.programme import CONSTANT, Programme, checked_schedules
 from dlnlab.models.trainer import count_steps, limit_steps, next_event_of, refuse_what_chunks_cannot_honour
-from dlnlab.optim import GainSGD, GradientFlow, StochasticGradientFlow
+from dlnlab.optim import GainSGD, GradientFlow, StepSchedule, StochasticGradientFlow
 from dlnlab.schedule import Schedule
 
 RUNNING, CONVERGED, DIVERGED = range(3)
@@ -62,6 +64,8 @@ _AMORTISED = 3
 """... or at so many times the shortest one: what a chunk costs whatever its length must not be most of it."""
 _SAMPLED_STEPS = 64
 """Mini-batches are drawn this many steps at a time."""
+_SCHEDULED_STEPS = 2**16
+"""A chunk of members with schedules takes no more: each schedule's factors are held for all of it."""
 _COPIES = 16
 """Of every parameter, in the end: gradient, optimizer, the guard's, temporaries. Measured: 15 (Adam) to 20 (GainSGD)."""
 _ERROR_COPIES = 4
@@ -111,12 +115,15 @@ class LinearNetwork(LightningModule):
         dtype: `float64` or `float32`, of parameters and data.
         max_chunk: Optimizer steps one `training_step` takes at most; None ends a chunk at the next event. Results do
             not depend on it.
+        schedule: Which of `schedules` is in force; `constant`, or None, is none of them. May be an axis.
+        schedules: name -> {lr: ..., weight_decay: ..., batch_size: ...}, each a `StepSchedule` and each optional: at every
+            step lr and weight decay are multiplied by what theirs say, the batch size is what its own says.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    axes: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "batch_size", "sampling", "label_noise")
+    axes: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "batch_size", "sampling", "label_noise", "schedule")
     """The hyperparameters that may be axes of the ensemble. A subclass adds its own."""
 
     dims: ClassVar[dict[str, list[str]]] = {}
@@ -135,6 +142,8 @@ class LinearNetwork(LightningModule):
         lr_unit: Literal["one", "max_row", "flow_edge", "mean_square_edge"] = "one",
         dtype: Literal["float64", "float32"] = "float64",
         max_chunk: int | None = None,
+        schedule: str | None = None,
+        schedules: dict[str, dict[str, StepSchedule]] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -156,6 +165,11 @@ class LinearNetwork(LightningModule):
             checks.one_of("sampling", value, streams.SAMPLINGS)
         for value in self.per_member("label_noise"):
             checks.number("label_noise", value, at_least=0)
+        self.schedule = CONSTANT if schedule is None else schedule
+        self.schedules = checked_schedules(schedules)
+        for value in self.per_member("schedule"):
+            checks.one_of("schedule", value, (CONSTANT, *self.schedules))
+        self.programme = Programme(self.per_member("schedule"), self.schedules)
 
         self.register_buffer("status", torch.zeros(self.num_members, dtype=torch.int8))
         self.register_buffer("stopped_at", torch.full((self.num_members,), -1, dtype=torch.int64))
@@ -172,6 +186,10 @@ class LinearNetwork(LightningModule):
         self._fitted_by: Any = None
         self._seconds_per_step, self._shortest_chunk = 0.0, math.inf
         self._sampled: dict[int, tuple[int, Tensor]] = {}
+        self._at = 0
+        """The step schedules have been followed to, ..."""
+        self._elapsed = np.zeros(len(self.programme.names))
+        """... and the sum of each one's factors of lr until there."""
 
     # What a subclass writes ------------------------------------------------------------------------------------------
 
@@ -318,7 +336,17 @@ class LinearNetwork(LightningModule):
         self.to(device=device, dtype=self.number_type)
         self._check_shapes()
         self._check_memory(sum(parameter.numel() for parameter in self.parameters()) // self.num_members, device)
-        self._group_members()
+        sizes = self.per_member("batch_size")
+        for size in sizes:
+            if size != "full" and size > self.problems.x.shape[1]:
+                raise ValueError(
+                    f"batch_size = {size}: must be at most the number of training samples, {self.problems.x.shape[1]}"
+                )
+        self._group_members(sizes)
+        if self.lr_unit == "mean_square_edge" and self.programme.changes("batch_size"):
+            raise ValueError(
+                "lr_unit = mean_square_edge: it is of one batch size, which a schedule changes; use another"
+            )
         self.unit = self.unit_of_lr()
         if stage == "fit":
             if type(self).configure_optimizers is not LinearNetwork.configure_optimizers:
@@ -326,6 +354,8 @@ class LinearNetwork(LightningModule):
                     f"{type(self).__name__}.configure_optimizers: its optimizer and schedulers would not be used; "
                     "give `optimizer` as an argument (learning-rate schedulers are not honoured)"
                 )
+            if self.programme:
+                self._largest_factors = self.programme.check(max(self.trainer.max_steps, 1), self.problems.x.shape[1])
             if self._fitted_by is not self.trainer:  # another fit starts from the present parameters, at step 0
                 self._fitted_by = self.trainer
                 self.restart()
@@ -376,14 +406,9 @@ class LinearNetwork(LightningModule):
         if self.problems.matrix_shape is not None and shape != wanted:
             raise ValueError(f"the data are entries of a matrix {wanted}, the model's predictor has shape {shape}")
 
-    def _group_members(self) -> None:
-        """Sort the members by batch size, which decides the shape of what they see."""
-        n = self.problems.x.shape[1]
-        sizes = self.per_member("batch_size")
-        for size in sizes:
-            if size != "full" and size > n:
-                raise ValueError(f"batch_size = {size}: must be at most the number of training samples, {n}")
-        self._rows_per_step = torch.tensor([n if size == "full" else size for size in sizes], device=self.device)
+    def _group_members(self, sizes: list[Any]) -> None:
+        """Sort the members by their present batch size, which decides the shape of what they see."""
+        self.batch_sizes = sizes
         sampling, seeds = self.per_member("sampling"), self.ensemble.seed.to(self.device)
         kinds = [("full" if size == "full" else size, None if size == "full" else kind)
                  for size, kind in zip(sizes, sampling, strict=True)]  # fmt: skip
@@ -399,6 +424,7 @@ class LinearNetwork(LightningModule):
         self._noise_keys = streams.keys(self.ensemble.root, "label_noise", seeds)
         self._noise_std = self.per_member_tensor("label_noise")
         self._has_noise = bool((self._noise_std > 0).any())
+        self._sampled, self._batches = {}, self.kernel_batches()
 
     def _build_optimizer(self) -> Optimizer:
         given: dict[str, Any] = {}
@@ -445,7 +471,34 @@ class LinearNetwork(LightningModule):
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         if isinstance(optimizer, StochasticGradientFlow):
             optimizer.keys = streams.keys(self.ensemble.root, "flow", self.ensemble.seed.to(self.device))
+        if self.programme:
+            self._attach_schedules(optimizer)
         return optimizer
+
+    def _attach_schedules(self, optimizer: Optimizer) -> None:
+        """Keep lr and weight decay as `initial_lr` and `initial_weight_decay`, which schedules multiply."""
+        kind, vectors = type(optimizer).__name__, getattr(optimizer, "axes", ())
+        if isinstance(optimizer, _FLOWS):
+            raise ValueError(f"schedule: {kind} has no steps whose size a schedule could change; it must be constant")
+        for name in ("lr", "weight_decay"):
+            for group in optimizer.param_groups:
+                if name in group:
+                    value = torch.as_tensor(group[name], dtype=torch.float64, device=self.device)
+                    group[f"initial_{name}"] = value if name in vectors else float(value)
+                elif self.programme.changes(name):
+                    raise ValueError(f"schedule: {kind} has no {name} that a schedule could change")
+            if name not in vectors and not self.programme.is_shared(name):
+                raise ValueError(f"schedule: {kind} takes one {name} for all members, so all must share its schedule")
+        if isinstance(optimizer, GainSGD):
+            lr, kappa = (_of_group(optimizer, name, self.num_members) for name in ("lr", "weight_decay"))
+            largest = np.append(self._largest_factors, 1.0)[self.programme.rows.numpy()]
+            for member, product in enumerate((2 * lr * kappa).cpu().numpy() * largest):
+                if product >= 1:
+                    name = self.programme.names[self.programme.rows[member]]
+                    raise ValueError(
+                        f"schedules.{name}: 2 lr weight_decay comes to {product:g} (member {self.ensemble.label(member)}); "
+                        "must stay below 1, or the decay overshoots zero in one step"
+                    )
 
     def restart(self) -> None:
         """Take the present parameters as the beginning: all members run, and the optimizer has no past, its gain is 0."""
@@ -453,6 +506,8 @@ class LinearNetwork(LightningModule):
         self._kept, self._records = {}, []
         self.status.fill_(RUNNING)
         self.stopped_at.fill_(-1)
+        self._at, self._elapsed = 0, np.zeros_like(self._elapsed)
+        self._arrive(0)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
@@ -460,9 +515,94 @@ class LinearNetwork(LightningModule):
 
     @property
     def step_size(self) -> Tensor:
-        """Lr times its unit, (E,); NaN where the optimizer has no lr."""
-        lr = self._optimizer.param_groups[0].get("lr", math.nan)
-        return torch.as_tensor(lr, dtype=torch.float64).expand(self.num_members)
+        """Lr times its unit, (E,), which schedules multiply; NaN where the optimizer has no lr."""
+        return _of_group(self._optimizer, "lr", self.num_members)
+
+    def unscheduled(self, name: str) -> Tensor:
+        """`lr` or `weight_decay` before schedules, (E,), of the model's dtype and device; NaN where there is none."""
+        return _of_group(self._optimizer, name, self.num_members).to(device=self.device, dtype=self.number_type)
+
+    # Schedules --------------------------------------------------------------------------------------------------------
+
+    @property
+    def scheduled_lr(self) -> Tensor:
+        """The step size of the next step, (E,); NaN where the optimizer has none."""
+        return _of_group(self._optimizer, "lr", self.num_members, present=True)
+
+    @property
+    def scheduled_weight_decay(self) -> Tensor:
+        """The weight decay of the next step, (E,); NaN where the optimizer has none."""
+        return _of_group(self._optimizer, "weight_decay", self.num_members, present=True)
+
+    @property
+    def scheduled_batch_size(self) -> Tensor:
+        """Rows of the next step, (E,); that of the full batch is N."""
+        n = self.problems.x.shape[1]
+        return torch.tensor([float(n if size == "full" else size) for size in self.batch_sizes], dtype=torch.float64)
+
+    def rates(self, start: int, stop: int) -> Rates | None:
+        """Lr and weight decay of the steps start, ..., stop - 1 as kernels take them; None where they are constant."""
+        if not (self.programme.changes("lr") or self.programme.changes("weight_decay")):
+            return None
+        first = Rates.first_of(start)
+        tables = (self.programme.factors(name, first, stop) for name in ("lr", "weight_decay"))
+        return Rates(
+            *(_of_group(self._optimizer, name, self.num_members).to(self.device) for name in ("lr", "weight_decay")),
+            self.programme.rows.to(self.device),
+            *(torch.from_numpy(np.ascontiguousarray(table)).to(self.device) for table in tables),
+            first,
+        )
+
+    def _arrive(self, step: int) -> None:
+        """Be at a step, having taken those before it: the optimizer holds what the next one is made with."""
+        if not self.programme:
+            return
+        if step > self._at:
+            self._elapsed = self.programme.elapsed(self._elapsed, self._at, step)[:, -1]
+        self._at = step
+        rows = self.programme.rows.numpy()
+        for name in ("lr", "weight_decay"):
+            factor = np.append(self.programme.factors(name, step, step + 1)[:, 0], 1.0)[rows]
+            for group in self._optimizer.param_groups if self.programme.changes(name) else ():
+                initial = group[f"initial_{name}"]
+                vector = isinstance(initial, Tensor)
+                group[name] = initial * torch.from_numpy(factor).to(initial) if vector else initial * float(factor[0])
+        if self.programme.changes("batch_size"):
+            said = np.append(self.programme.values("batch_size", step, step + 1)[:, 0], math.nan)[rows].tolist()
+            given, n = self.per_member("batch_size"), self.problems.x.shape[1]
+            sizes = [
+                base if math.isnan(size) else "full" if size == math.inf else int(min(size, n))
+                for size, base in zip(said, given, strict=True)
+            ]
+            if sizes != self.batch_sizes:
+                self._group_members(sizes)
+
+    def _steps_alike(self, step: int, k: int) -> int:
+        """How many of k steps from `step` no batch size changes in."""
+        if not self.programme.changes("batch_size"):
+            return k
+        sizes = np.nan_to_num(self.programme.values("batch_size", step, step + k), nan=0.0, posinf=math.inf)
+        changed = np.flatnonzero((sizes != sizes[:, :1]).any(0))
+        return int(changed[0]) if len(changed) else k
+
+    def _at_steps(self, steps: list[int]) -> dict[str, Tensor]:
+        """`time` and what schedules say, (T, E) each, at steps that come after the present one, ascending."""
+        rows, place = self.programme.rows.numpy(), np.array(steps, dtype=np.int64) - self._at
+        last = max([self._at, *steps])
+        sums = self.programme.elapsed(self._elapsed, self._at, last)[:, place]
+        elapsed = np.vstack((sums, np.array(steps, dtype=float)))[rows].T
+        found = {"time": torch.from_numpy(elapsed).to(self.device) * self.step_size.to(self.device)}
+        for name in ("lr", "weight_decay"):
+            table = self.programme.factors(name, self._at, last + 1)[:, place]
+            factor = np.vstack((table, np.ones(len(steps))))[rows].T
+            base = _of_group(self._optimizer, name, self.num_members).to(self.device)
+            found[f"scheduled_{name}"] = torch.from_numpy(np.ascontiguousarray(factor)).to(self.device) * base
+        table = self.programme.values("batch_size", self._at, last + 1)[:, place]
+        said, n = np.vstack((table, np.full(len(steps), math.nan)))[rows].T, self.problems.x.shape[1]
+        base = np.array([float(n if size == "full" else size) for size in self.per_member("batch_size")])
+        sizes = np.where(np.isnan(said), base, np.minimum(said, n))
+        found["scheduled_batch_size"] = torch.from_numpy(sizes).to(self.device)
+        return found
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
@@ -521,7 +661,7 @@ class LinearNetwork(LightningModule):
     def kernel_batches(self) -> Batches:
         """What each member sees at a step, as compiled kernels take it."""
         sampling = [streams.SAMPLINGS.index(name) for name in self.per_member("sampling")]
-        sizes = [0 if size == "full" else size for size in self.per_member("batch_size")]
+        sizes = [0 if size == "full" else size for size in self.batch_sizes]
         return Batches(
             torch.tensor(sizes, device=self.device),
             torch.tensor(sampling, device=self.device),
@@ -566,6 +706,9 @@ class LinearNetwork(LightningModule):
         Returns:
             The number of steps taken.
         """
+        if self.programme:
+            self._arrive(step)
+            k = self._steps_alike(step, min(k, _SCHEDULED_STEPS))
         schedule = self.record_schedule
         record_steps = schedule.between(step, step + k) if schedule is not None else []
         if self.closed_form_refusal() is None:
@@ -589,6 +732,7 @@ class LinearNetwork(LightningModule):
                     self._differentiate(now, members)
                     optimizer.step()
                 self._hold_stopped()
+            self._arrive(now + 1)
             if self.guard is not None and (now + 1) % self.guard.every_n_steps == 0:
                 self.check_members(now + 1)
                 members = self.running
@@ -697,7 +841,12 @@ class LinearNetwork(LightningModule):
             "teacher": no_teacher,
             "beta": self.predictor,
             "time": self._time,
+            **dict.fromkeys(SCHEDULED, "no member has a schedule"),
         }
+        if self.programme:
+            found |= {name: lambda name=name: getattr(self, name).to(self.device) for name in SCHEDULED}
+            if "weight_decay" not in self._optimizer.param_groups[0]:
+                found["scheduled_weight_decay"] = f"{type(self._optimizer).__name__} has no weight_decay"
         if self.problems.x_test is not None:
             found["test_loss"] = lambda: self.losses(self.full_batch(test=True))
         if self.problems.teacher is not None:
@@ -742,6 +891,10 @@ class LinearNetwork(LightningModule):
         elapsed = getattr(self._optimizer, "time", None)
         if elapsed is None:
             elapsed = math.nan
+        elif self.programme:
+            elapsed = (
+                torch.from_numpy(np.append(self._elapsed, self._at)[self.programme.rows.numpy()]) * self.step_size.cpu()
+            )
         return torch.as_tensor(elapsed, dtype=torch.float64, device=self.device).expand(self.num_members)
 
     @torch.no_grad()
@@ -793,13 +946,20 @@ class LinearNetwork(LightningModule):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the guard keeps of each member."""
+        """Add what the guard keeps of each member, and how far schedules are."""
         checkpoint["dlnlab_kept"] = dict(self._kept)
+        if self.programme:
+            checkpoint["dlnlab_schedules"] = {"step": self._at, "elapsed": torch.from_numpy(self._elapsed.copy())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back."""
         kept = checkpoint.get("dlnlab_kept", {})
         self._kept = {name: value.to(self.device) for name, value in kept.items()}
+        if self.programme and "dlnlab_schedules" in checkpoint:
+            reached = checkpoint["dlnlab_schedules"]
+            self._at, self._elapsed = reached["step"], reached["elapsed"].numpy().copy()
+            if self._optimizer is not None:
+                self._arrive(self._at)
 
 
 @contextmanager
@@ -816,6 +976,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 INVARIANTS = ("imbalance_error", "mirror_error", "gain_sandwich_error")
 """Variables that exact arithmetic would make zero at every step and step size."""
 
+SCHEDULED = ("scheduled_lr", "scheduled_weight_decay", "scheduled_batch_size")
+"""Variables that are recorded wherever a member has a schedule: what the next step is made with."""
+
 _FLOWS = (GradientFlow, StochasticGradientFlow)
 
 _LAW = ("predictor", "losses", "training_step", "batches")
@@ -825,6 +988,14 @@ _LAW = ("predictor", "losses", "training_step", "batches")
 def stack_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """[{name: (E, ...)}] -> {name: (T, E, ...)}."""
     return {name: torch.stack([record[name] for record in records]) for name in records[0]} if records else {}
+
+
+def _of_group(optimizer: Optimizer, name: str, num_members: int, present: bool = False) -> Tensor:
+    """A hyperparameter of each member before schedules, or the present one, (E,) float64; NaN where there is none."""
+    group = optimizer.param_groups[0]
+    value = group.get(name, math.nan)
+    value = value if present else group.get(f"initial_{name}", value)
+    return torch.as_tensor(value, dtype=torch.float64).expand(num_members)
 
 
 def _plain_if_equal(given: dict[str, Tensor]) -> dict[str, Any]:

@@ -81,7 +81,6 @@ class DeepLinearNetwork(LinearNetwork):
         self.half = checks.flag("half", half)
         self.weights = ParameterList()
         self._kernel: Any = None
-        self._batches: kernels.Batches | None = None
         self._minimised = False
         if shape is not None:
             if len(shape) != 2:
@@ -240,15 +239,19 @@ class DeepLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             sizes = [self.weights[0].shape[2], *(w.shape[1] for w in self.weights)]
-            self._batches = self.kernel_batches()
-            self._kernel = kernels.deep_kernel(self.problems.x, self.problems.y, sizes, self._batches.size)
+            self._kernel = kernels.deep_kernel(self.problems.x, self.problems.y, sizes)
         return self._kernel
+
+    @property
+    def _kernel_refusal(self) -> str | None:
+        """Why the next steps are not the kernel's, in a line, or None if they are."""
+        return self.kernel if isinstance(self.kernel, str) else self.kernel.refusal(self._batches.size)
 
     @property
     def path(self) -> str:
         """How this model is advanced, and why."""
-        compiled = self.closed_form_refusal() is not None or not isinstance(self.kernel, str)
-        return super().path if compiled else f"{super().path}, in torch: {self.kernel}"
+        reason = None if self.closed_form_refusal() else self._kernel_refusal
+        return super().path if reason is None else f"{super().path}, in torch: {reason}"
 
     def advance_closed_form(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
@@ -256,11 +259,12 @@ class DeepLinearNetwork(LinearNetwork):
         """Steps without autograd; see `LinearNetwork.advance_closed_form`. A record costs a call of the kernel."""
         start = step = self._optimizer.num_steps
         end, records, due = start + k, [], set(record_steps)
-        advance = self._advance_in_torch if isinstance(self.kernel, str) else self._advance_compiled
+        advance = self._advance_compiled if self._kernel_refusal is None else self._advance_in_torch
         while step < end:
             stop = min([end, *(s for s in record_steps if s > step)])
             step += advance(step, stop, guard) if len(self.running) else stop - step
             self._optimizer.num_steps = step
+            self._arrive(step)
             if step in due:
                 records.append(self.measure(variables))
             if len(self.running) == 0:
@@ -268,12 +272,8 @@ class DeepLinearNetwork(LinearNetwork):
         return step - start, stack_records(records)
 
     def _hyperparameters(self) -> tuple[Tensor, Tensor]:
-        """Lr and 1 - 2 lr weight_decay, (E,)."""
-        group = self._optimizer.param_groups[0]
-        lr, kappa = (
-            torch.as_tensor(group[name], dtype=self.number_type, device=self.device).expand(self.num_members)
-            for name in ("lr", "weight_decay")
-        )
+        """Lr and 1 - 2 lr weight_decay, (E,), without what schedules multiply them by."""
+        lr, kappa = self.unscheduled("lr"), self.unscheduled("weight_decay")
         return lr, 1 - 2 * lr * kappa
 
     @property
@@ -291,12 +291,15 @@ class DeepLinearNetwork(LinearNetwork):
         return self._kernel.advance(
             [w.data for w in self.weights], (self.lazy_first, self.lazy_last), lr, decay, self.problem_index, self._batches,
             self._entry_loss, start, stop, self.status, self.stopped_at, rule, kernels.num_threads(),
+            self.rates(start, stop),
         )  # fmt: skip
 
     def _advance_in_torch(self, start: int, stop: int, guard: Guard | None) -> int:
         """The same on any device, all members at once; returns the steps taken."""
-        lr, decay = self._hyperparameters()
+        (lr, decay), rates = self._hyperparameters(), self.rates(start, stop)
         for step in range(start, stop):
+            if rates is not None:
+                lr, decay = rates.at(step, self.number_type)
             for batch in self.batches(step, self.running):
                 members, places = batch.members, batch.x
                 if batch.problem is not None:

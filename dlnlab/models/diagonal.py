@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from dlnlab import checks, kernels, theory
 from dlnlab.kernels import DualFlow, Factors, diagonal_steps
-from dlnlab.models.base import Guard, LinearNetwork, stack_records
+from dlnlab.models.base import SCHEDULED, Guard, LinearNetwork, stack_records
 from dlnlab.models.batch import Batch, Layout
 from dlnlab.optim import GainSGD, GradientFlow, StochasticGradientFlow
 
@@ -156,7 +156,6 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The compiled kernel of the model's device, or a line saying why it has none."""
         if self._kernel is None:
             self._kernel = kernels.diagonal_kernel(self.problems.x, self.problems.y)
-            self._batches = self.kernel_batches()
         return self._kernel
 
     def start_from(self, parameters: dict[str, Tensor]) -> None:
@@ -217,6 +216,7 @@ class DiagonalLinearNetwork(LinearNetwork):
                 advance(running, step, stop)
                 self._optimizer.num_steps = stop
             step = stop
+            self._arrive(step)
             if guard is not None and step % guard.every_n_steps == 0:
                 self.check_members(step)
                 running = self.running
@@ -234,10 +234,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         """The same in one call of the device's kernel, guard and records included."""
         optimizer = self._optimizer
         group, start = optimizer.pairs[0], optimizer.num_steps
-        lr, kappa = (
-            torch.as_tensor(group[name], dtype=self.number_type, device=self.device).expand(self.num_members)
-            for name in ("lr", "weight_decay")
-        )
+        lr, kappa = self.unscheduled("lr"), self.unscheduled("weight_decay")
         rule = None
         if guard is not None:
             self.begin(start)
@@ -253,10 +250,13 @@ class DiagonalLinearNetwork(LinearNetwork):
         taken = self.kernel.advance(
             factors, lr, 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None, self.problem_index, self._batches, start,
             start + k, self.status, self.stopped_at, rule, records, num_threads=kernels.num_threads(),
+            rates=self.rates(start, start + k),
         )  # fmt: skip
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
-        return taken, self._recorded(records, reached, variables, lr)
+        values = self._recorded(records, reached, variables, lr)
+        self._arrive(start + taken)
+        return taken, values
 
     def _recorded(self, records: Any, reached: int, variables: tuple[str, ...], lr: Tensor) -> dict[str, Tensor]:
         """The kernel's records of the steps it has reached -> variables (T, E, ...)."""
@@ -267,8 +267,11 @@ class DiagonalLinearNetwork(LinearNetwork):
             factors = records.factors.map(lambda tensor: tensor[:reached])
             factors = replace(factors, initial_plus=now.initial_plus, initial_minus=now.initial_minus)
         values = {"status": records.status[:reached]}
+        said = self._at_steps(records.steps[:reached].tolist()) if self.programme else {}
         for name in variables:
-            if name == "beta":
+            if name in said:
+                values[name] = said[name]
+            elif name == "beta":
                 values[name] = beta
             elif name == "train_loss":
                 values[name] = records.train_loss[:reached]
@@ -292,7 +295,7 @@ class DiagonalLinearNetwork(LinearNetwork):
         """Take the steps start, ..., stop - 1 with the given members; the others stay as they are."""
         optimizer = self._optimizer
         group = optimizer.pairs[0]
-        whole = optimizer.factors(group)
+        whole, rates = optimizer.factors(group), self.rates(start, stop)
         for size, sampling, everyone in self._kinds:
             chosen = everyone[torch.isin(everyone, members)]
             if len(chosen) == 0:
@@ -303,10 +306,15 @@ class DiagonalLinearNetwork(LinearNetwork):
             else:
                 layout, places, gradient = None, chosen, self._mini_gradient(chosen, size, sampling)
             state = whole.map(lambda tensor: tensor[places])  # noqa: B023 - used at once
-            lr = _spread(group["lr"], places, self.number_type)
-            kappa = _spread(group["weight_decay"], places, self.number_type)
-            decay = 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None
-            diagonal_steps(state, lr, decay, gradient, start, stop)
+            if rates is None:
+                lr = _spread(group["lr"], places, self.number_type)
+                kappa = _spread(group["weight_decay"], places, self.number_type)
+                decay = 1 - 2 * lr * kappa if bool((kappa != 0).any()) else None
+                diagonal_steps(state, lr, decay, gradient, start, stop)
+            else:
+                for step in range(start, stop):
+                    lr, decay = (value[places][..., None] for value in rates.at(step, self.number_type))
+                    diagonal_steps(state, lr, decay, gradient, step, step + 1)
             for target, source in zip(vars(whole).values(), vars(state).values(), strict=True):
                 target[chosen] = source if layout is None else layout.collect(source)
 
@@ -377,7 +385,7 @@ class DiagonalLinearNetwork(LinearNetwork):
 
 _RECORD_BYTES = 64 * 2**20
 """What the kernel may write between two looks of the recorder."""
-_PREDICTOR_ONLY = {"train_loss", "test_loss", "distance", "beta", "teacher", "time"}
+_PREDICTOR_ONLY = {"train_loss", "test_loss", "distance", "beta", "teacher", "time", *SCHEDULED}
 _OF_FACTORS = {
     "gain": Factors.gain,
     "gain_plus": Factors.gain_plus,

@@ -180,8 +180,7 @@ class ShallowLinearNetwork(LinearNetwork):
             return self.no_target
         if self._has_noise:
             return "label_noise changes the target at every step"
-        kappa = torch.as_tensor(self._optimizer.param_groups[0].get("weight_decay", 0.0))
-        if bool((kappa != 0).any()):
+        if bool((self.unscheduled("weight_decay") > 0).any()):
             return "weight_decay shrinks the factors beside the step"
         return super().closed_form_refusal()
 
@@ -198,7 +197,7 @@ class ShallowLinearNetwork(LinearNetwork):
         optimizer = self._optimizer
         group, start = optimizer.pairs[0], optimizer.num_steps
         factors = optimizer.factors(group)
-        lr = torch.as_tensor(group["lr"], dtype=self.number_type, device=self.device).expand(self.num_members)
+        lr = self.unscheduled("lr")
         state = Multipliers.of(factors)
         rule, kept = None, None
         if guard is not None:
@@ -214,14 +213,16 @@ class ShallowLinearNetwork(LinearNetwork):
         advance, _ = kernels.shallow_kernel(self.device)
         taken = advance(
             state, Course.of(factors, lr, self.target), start, start + k, self.status, self.stopped_at, rule, log,
-            num_threads(),
+            num_threads(), self.rates(start, start + k),
         )  # fmt: skip
         factors.copy_(state.factors(factors))
         if kept is not None:
             kept.copy_(rule.kept.factors(kept))
         optimizer.num_steps += taken
         reached = sum(step <= start + taken for step in record_steps)
-        return taken, self._recorded(log, reached, variables, factors, lr)
+        values = self._recorded(log, reached, variables, factors, lr)
+        self._arrive(start + taken)
+        return taken, values
 
     def _recorded(
         self, log: Log, reached: int, variables: tuple[str, ...], like: Factors, lr: Tensor
@@ -243,6 +244,8 @@ class ShallowLinearNetwork(LinearNetwork):
             "a": lambda: rotate(factors.w_plus, factors.w_minus)[0],
             "b": lambda: rotate(factors.w_plus, factors.w_minus)[1],
         }
+        if self.programme:
+            own |= {name: lambda value=value: value for name, value in self._at_steps(log.steps[:reached]).items()}
         return values | {name: own[name]() if name in own else getattr(factors, name)() for name in variables}
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlnlab import streams
-from dlnlab.kernels import Factors, cpu, cpu_steps, diagonal_steps
+from dlnlab.kernels import Factors, Rates, cpu, cpu_steps, diagonal_steps
 from dlnlab.kernels.cpu import DiagonalKernel
 from dlnlab.kernels.diagonal import Batches, Guard, Records
 
@@ -31,27 +31,46 @@ class Setting:
     factors: Factors
     lr: torch.Tensor
     decay: torch.Tensor
+    weight_decay: torch.Tensor
+    schedule: torch.Tensor
     batches: Batches
 
     def pick(self, members: torch.Tensor) -> "Setting":
         """Some of the members, in some order."""
         batches = Batches(**{field.name: getattr(self.batches, field.name)[members] for field in fields(Batches)})
         factors = self.factors.map(lambda tensor: tensor[members])
-        return replace(self, problem=self.problem[members], factors=factors, lr=self.lr[members],
-                       decay=self.decay[members], batches=batches)  # fmt: skip
+        own = {name: getattr(self, name)[members] for name in ("problem", "lr", "decay", "weight_decay", "schedule")}
+        return replace(self, factors=factors, batches=batches, **own)
 
     def clone(self) -> "Setting":
         return replace(self, factors=self.factors.map(torch.clone))
 
     def advance(self, start, stop, **kwargs):
+        rates = self.rates(start, stop)
         return DiagonalKernel(self.x, self.y).advance(
-            self.factors, self.lr, self.decay, self.problem, self.batches, start, stop, **kwargs
+            self.factors, self.lr, self.decay, self.problem, self.batches, start, stop, rates=rates, **kwargs
         )
+
+    def rates(self, start, stop):
+        """Two schedules without any regularity, as a call between two steps needs them."""
+        if (self.schedule < 0).all():
+            return None
+        first = Rates.first_of(start)
+        table = [[factors_at(row, step) for step in range(first, stop)] for row in range(2)]
+        tables = torch.tensor(table, dtype=torch.float64)
+        return Rates(self.lr.double(), self.weight_decay.double(), self.schedule, *tables.unbind(-1), first)
+
+
+def factors_at(schedule, step):
+    """Of lr and weight decay: without any regularity, and 1 for no schedule."""
+    return (
+        (1.0, 1.0) if schedule < 0 else (1 + 0.5 * math.sin(step * (schedule + 1)), 1 + math.cos(3 * step - schedule))
+    )
 
 
 def make(
     num_members=4, n=N, d=D, dtype=torch.float64, num_problems=2, sizes=(0,), samplings=(REPLACEMENT,), noise=(0.0,),
-    weight_decay=(0.0,), lr=0.02, scale=0.4, seed=0,
+    weight_decay=(0.0,), schedules=(-1,), lr=0.02, scale=0.4, seed=0,
 ):  # fmt: skip
     """Random problems with interpolators; members take the given values in turn."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,14 +81,14 @@ def make(
     def turns(values, kind):
         return torch.tensor([values[int(m) % len(values)] for m in members], dtype=kind)
 
-    rates = lr * (1 + 0.1 * members).to(dtype)
+    rates, kappa = lr * (1 + 0.1 * members).to(dtype), turns(weight_decay, dtype)
     w = scale * (1 + 0.1 * torch.rand(2, num_members, d, generator=generator, dtype=torch.float64)).to(dtype)
     batches = Batches(
         turns(sizes, torch.int64), turns(samplings, torch.int64), streams.keys(0, "sampling", members),
         streams.keys(0, "label_noise", members), turns(noise, torch.float64),
     )  # fmt: skip
     return Setting(x.to(dtype), y.to(dtype), members % num_problems, Factors.start(w[0].clone(), w[1].clone()),
-                   rates, 1 - 2 * rates * turns(weight_decay, dtype), batches)  # fmt: skip
+                   rates, 1 - 2 * rates * kappa, kappa, turns(schedules, torch.int64), batches)  # fmt: skip
 
 
 def reference(setting, start, stop):
@@ -91,7 +110,14 @@ def reference(setting, start, stop):
             return (rows @ beta - targets[step - start]) @ rows / len(rows)
 
         row = setting.factors.map(lambda tensor, m=m: tensor[m])
-        diagonal_steps(row, lr, decay, gradient, start, stop)
+        if setting.schedule[m] < 0:
+            diagonal_steps(row, lr, decay, gradient, start, stop)
+            continue
+        for step in range(start, stop):
+            f, g = factors_at(int(setting.schedule[m]), step)
+            here = (lr.double() * f).to(lr.dtype)
+            keep = (1 - 2 * lr.double() * f * setting.weight_decay[m].double() * g).to(lr.dtype)
+            diagonal_steps(row, here, keep, gradient, step, step + 1)
 
 
 def tensors(setting):
@@ -121,6 +147,7 @@ EVERY_KIND = {
     "weight decay": {"sizes": (0, 1, 2), "weight_decay": (0.05,)},
     "all of it": {"sizes": (0, 1, 3, 0, 2), "samplings": (REPLACEMENT, SUBSET, EPOCHS), "noise": (0.1, 0.0, 0.2),
                   "weight_decay": (0.0, 0.03)},
+    "schedules": {"sizes": (0, 1, 3, 0), "weight_decay": (0.05, 0.0, 0.2), "schedules": (0, 1, -1, 1, 0)},
 }  # fmt: skip
 kinds = pytest.mark.parametrize("kind", EVERY_KIND.values(), ids=EVERY_KIND.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

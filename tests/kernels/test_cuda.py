@@ -57,7 +57,15 @@ def advance(setting, start, stop, **kwargs):
     """The kernel on the device, results back where they came from."""
     there, options = moved(setting, DEVICE), {name: moved(value, DEVICE) for name, value in kwargs.items()}
     taken = cuda.DiagonalKernel(there.x, there.y).advance(
-        there.factors, there.lr, there.decay, there.problem, there.batches, start, stop, **options
+        there.factors,
+        there.lr,
+        there.decay,
+        there.problem,
+        there.batches,
+        start,
+        stop,
+        rates=moved(setting.rates(start, stop), DEVICE),
+        **options,
     )
     write_back(setting.factors, there.factors)
     for name, value in kwargs.items():
@@ -87,7 +95,14 @@ def test_one_step_agrees_with_the_reference_to_the_last_places(kind, start, dtyp
 
 @pytest.mark.parametrize(
     "name, steps",
-    [("full batches", 200), ("single rows", 200), ("weight decay", 40), ("epochs", 10), ("all of it", 6)],
+    [
+        ("full batches", 200),
+        ("single rows", 200),
+        ("weight decay", 40),
+        ("epochs", 10),
+        ("all of it", 6),
+        ("schedules", 40),
+    ],
 )
 def test_a_stable_path_agrees_with_the_reference_and_the_cpu_kernel(name, steps):
     ours = make(num_members=6, **EVERY_KIND[name])
@@ -136,7 +151,7 @@ def test_factors_near_the_floor_are_held_as_the_reference_holds_them(dtype):
 @pytest.mark.parametrize(
     "name, stop, dtype",
     [("full batches", 66, torch.float64), ("full batches", 40, torch.float32), ("single rows", 66, torch.float64),
-     ("single rows", 40, torch.float32), ("all of it", 33, torch.float64)],
+     ("single rows", 40, torch.float32), ("all of it", 33, torch.float64), ("schedules", 40, torch.float64)],
     ids=str,
 )  # fmt: skip
 def test_a_member_has_the_same_bits_in_any_company_order_chunks_and_launches(name, stop, dtype, narrow, monkeypatch):

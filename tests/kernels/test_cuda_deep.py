@@ -11,7 +11,7 @@ from test_cpu_deep import HALF_SUM, KINDS, MEAN, E, Setting, assert_close
 import dlnlab
 from dlnlab.callbacks import MemberGuard
 from dlnlab.data import LowRankCompletion
-from dlnlab.kernels import DeepGuard, cuda
+from dlnlab.kernels import DeepGuard, Rates, cuda
 from dlnlab.models import DeepLinearNetwork
 
 pytest.importorskip("triton")
@@ -28,7 +28,7 @@ TYPES = [
 ]  # dozens of steps of sums of 20 x 17 terms, rounded to 1e-16, 6e-8
 
 
-def advance(setting, start, stop, loss=MEAN, status=None, stopped_at=None, guard=None):
+def advance(setting, start, stop, loss=MEAN, status=None, stopped_at=None, guard=None, rates=None):
     """The kernel on the device, results back where they came from."""
 
     def there(part):
@@ -49,10 +49,20 @@ def advance(setting, start, stop, loss=MEAN, status=None, stopped_at=None, guard
     taken = cuda_deep.DeepKernel(there(setting.places), there(setting.y), setting.sizes).advance(
         moved[:count], moved[count : count + 2], there(setting.lr), there(setting.decay), there(setting.problem), batches,
         loss, start, stop, None if status is None else moved[-2], None if status is None else moved[-1], rule,
+        rates=None if rates is None else rates.to(DEVICE),
     )  # fmt: skip
     for ours, theirs in zip(changed, moved, strict=True):
         ours.copy_(theirs)
     return taken
+
+
+def scheduled(start, stop):
+    """Two schedules for the first two members, the first of which lets the lazy scale shrink fast; none for the third."""
+    first = Rates.first_of(start)
+    steps = torch.arange(first, stop, dtype=torch.float64)
+    factors = torch.stack((1 + 0.5 * torch.cos(steps), 1 / (1 + 0.1 * steps)))
+    lr, kappa = torch.tensor([[0.03, 0.03, 0.03], [4.0, 0.1, 0.1]], dtype=torch.float64)
+    return Rates(lr, kappa, torch.tensor([0, 1, -1]), factors, factors.flip(0).contiguous(), first)
 
 
 def assert_same_bits(ours, theirs, members=slice(None)):
@@ -103,6 +113,21 @@ def test_a_member_has_the_same_bits_in_any_company_chunks_and_launches(kind, mon
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone.weights, Setting((6, 4)).weights, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["single entries", "mini-batches"])
+def test_scheduled_rates_agree_with_the_cpu_kernel_and_depend_on_no_chunk(kind):
+    ours, theirs, parts = (Setting((6, 4), **KINDS[kind]) for _ in range(3))
+    advance(ours, 25, 35, rates=scheduled(25, 35))
+    theirs.advance(25, 35, rates=scheduled(25, 35))
+    assert_close(ours.weights, theirs.weights, 2e-13)  # 10 steps, as above
+    constant = Setting((6, 4), **KINDS[kind])
+    constant.advance(25, 35)
+    assert torch.equal(theirs.weights[0][2], constant.weights[0][2])
+    assert not torch.allclose(theirs.weights[0][:2], constant.weights[0][:2], atol=1e-3)
+    for start, stop in ((25, 29), (29, 35)):
+        advance(parts, start, stop, rates=scheduled(start, stop))
+    assert_same_bits(ours, parts)
+
+
 def test_weights_that_someone_changes_between_two_calls_are_taken_as_they_are():
     setting = Setting(kappa=1.0)
     advance(setting, 0, 5)
@@ -139,10 +164,7 @@ def test_a_whole_fit_agrees_with_one_on_the_cpu(fit, monkeypatch):
 
     theirs = end("cpu", batch_size=[1, 2])
     if cuda.interpreted():
-        kernel = cuda_deep.DeepKernel
-        monkeypatch.setattr(dlnlab.kernels, "deep_kernel", lambda places, y, sizes, _: kernel(places, y, sizes))
-    else:
-        assert "batched products" in end(DEVICE, batch_size=[1, "full"]).path
+        monkeypatch.setattr(dlnlab.kernels, "deep_kernel", cuda_deep.DeepKernel)
     ours = end(DEVICE, batch_size=[1, 2])
     assert ours.path == "closed form"
     assert set(ours.status.tolist()) == {0, 2}
@@ -152,8 +174,10 @@ def test_a_whole_fit_agrees_with_one_on_the_cpu(fit, monkeypatch):
 
 def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(cuda, "refusal", lambda device: None)
-    one = torch.ones(2, dtype=torch.int64)
-    assert cuda_deep.refusal("cuda", [5, 2048, 5], one) is None
-    assert "width of 2048" in cuda_deep.refusal("cuda", [5, 4, 2049, 5], one)
+    assert cuda_deep.refusal("cuda", [5, 2048, 5]) is None
+    assert "width of 2048" in cuda_deep.refusal("cuda", [5, 4, 2049, 5])
+    setting = Setting()
+    kernel = cuda_deep.DeepKernel(setting.places, setting.y, setting.sizes)
+    assert kernel.refusal(torch.tensor([1, 32])) is None
     for sizes in (torch.tensor([1, 0]), torch.tensor([1, 33])):
-        assert "more than 32 entries" in cuda_deep.refusal("cuda", [5, 4, 5], sizes)
+        assert "more than 32 entries" in kernel.refusal(sizes)

@@ -12,7 +12,7 @@ import torch
 import dlnlab
 from dlnlab.callbacks import MemberGuard
 from dlnlab.data import ScalarTarget
-from dlnlab.kernels import Course, Factors, Log, Multipliers, Rule, cuda, shallow
+from dlnlab.kernels import Course, Factors, Log, Multipliers, Rates, Rule, cuda, shallow
 from dlnlab.models import ShallowLinearNetwork
 
 pytest.importorskip("triton")
@@ -24,7 +24,7 @@ E, D, CONVERGED, DIVERGED = 40, 3, 1, 2  # two blocks
 STEPS = [1, 32, 45, 70]
 
 
-def run(advance, cuts=(0, 70), members=None, tol=0.0, every=10, lr=0.3, steps=STEPS, device=DEVICE):
+def run(advance, cuts=(0, 70), members=None, tol=0.0, every=10, lr=0.3, steps=STEPS, device=DEVICE, scheduled=False):
     """All that a run leaves, on the CPU: state, what the guard keeps, log, status, stopped_at and the steps taken."""
     generator = torch.Generator().manual_seed(0)
     p, m = torch.randn(2, E, D, generator=generator, dtype=torch.float64)
@@ -39,11 +39,20 @@ def run(advance, cuts=(0, 70), members=None, tol=0.0, every=10, lr=0.3, steps=ST
     logs, taken = [], 0
     for start, stop in pairwise(cuts):
         log = Log.allocate([step for step in steps if start < step <= stop], state)
-        taken += advance(state, course, start, stop, status, stopped_at, rule, log)
+        rates = rates_of(lrs[chosen], chosen, start, stop).to(device) if scheduled else None
+        taken += advance(state, course, start, stop, status, stopped_at, rule, log, rates=rates)
         logs.append([*vars(log.state).values(), log.status])
     log = [torch.cat(parts) for parts in zip(*logs, strict=True)]
     found = [*vars(state).values(), *vars(rule.kept).values(), *log, status, stopped_at]
     return [tensor.cpu() for tensor in found], taken
+
+
+def rates_of(lrs, members, start, stop):
+    """Two schedules of the step size, and none for every third member."""
+    first = Rates.first_of(start)
+    steps = torch.arange(first, stop, dtype=torch.float64)
+    factors = torch.stack((0.6 + 0.4 * torch.cos(steps), 1 / (1 + 0.1 * steps)))
+    return Rates(lrs, torch.zeros_like(lrs), members % 3 - 1, factors, torch.ones_like(factors), first)
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -52,13 +61,13 @@ def assert_same(ours, theirs, **tolerance):
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance or {"atol": 0, "rtol": 0})
 
 
-@pytest.mark.parametrize("tol", [0.0, 1e-8])
+@pytest.mark.parametrize("tol, scheduled", [(0.0, False), (1e-8, False), (0.0, True)])
 @pytest.mark.parametrize("name", ["advance_torch", "advance_cpu"])
-def test_steps_guard_and_records_agree_with_torch_and_the_cpu_kernel(tol, name):
+def test_steps_guard_and_records_agree_with_torch_and_the_cpu_kernel(tol, scheduled, name):
     # The last step of the diverging is at a check, so that what is beyond numbers is nowhere.
     steps, cuts = [10, 20, 32, 45], (0, 70)
-    ours = run(cuda_shallow.advance_cuda, cuts, tol=tol, steps=steps)
-    theirs = run(getattr(shallow, name), cuts, tol=tol, steps=steps, device="cpu")
+    ours = run(cuda_shallow.advance_cuda, cuts, tol=tol, steps=steps, scheduled=scheduled)
+    theirs = run(getattr(shallow, name), cuts, tol=tol, steps=steps, device="cpu", scheduled=scheduled)
     status = ours[0][-2]
     assert (status == DIVERGED).sum() >= 5
     assert (status == CONVERGED).any() == (tol > 0)
@@ -66,10 +75,10 @@ def test_steps_guard_and_records_agree_with_torch_and_the_cpu_kernel(tol, name):
 
 
 def test_a_member_has_the_same_bits_in_any_company_order_chunks_and_launches(monkeypatch):
-    everyone, taken = run(cuda_shallow.advance_cuda, tol=1e-3)
+    everyone, taken = run(cuda_shallow.advance_cuda, tol=1e-3, scheduled=True)
     chosen = [37, 4, 11, 9, 30]
     monkeypatch.setattr(cuda, "LAUNCH_SECONDS", 1.7e-6)  # launches of 17 steps
-    some, same = run(cuda_shallow.advance_cuda, (0, 1, 33, 70), members=chosen, tol=1e-3)
+    some, same = run(cuda_shallow.advance_cuda, (0, 1, 33, 70), members=chosen, tol=1e-3, scheduled=True)
     assert taken == same == 70
     for all_of_them, ours in zip(everyone, some, strict=True):
         assert torch.equal(all_of_them[..., chosen].nan_to_num(7.0), ours.nan_to_num(7.0))
@@ -85,10 +94,10 @@ def test_what_stopped_early_is_repeated_in_the_records_of_later_launches(monkeyp
 
 def test_exponents_below_all_others_agree_with_the_cpu_kernel():
     def from_afar(advance):
-        def run_from(state, *arguments):
+        def run_from(state, *arguments, **options):
             state.exponent_plus[::2] -= 700
             state.product_minus[1::4] = 2.0**-1060  # a denormal number
-            return advance(state, *arguments)
+            return advance(state, *arguments, **options)
 
         return run_from
 
@@ -99,7 +108,7 @@ def test_exponents_below_all_others_agree_with_the_cpu_kernel():
 
 def test_without_a_rule_nobody_stops():
     def without(advance):
-        return lambda state, course, start, stop, status, stopped_at, rule, log: advance(
+        return lambda state, course, start, stop, status, stopped_at, rule, log, rates: advance(
             state, replace(course, lr=course.lr.clamp(max=0.1)), start, stop, status, stopped_at, None, log
         )
 

@@ -21,12 +21,12 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize(
     "names, chosen",
     [
-        (["test_cuda"], "rows_are_those or guard_freezes or floor"),
+        (["test_cuda"], "rows_are_those or guard_freezes or floor or schedules-40"),
         pytest.param(["test_cuda"], "", marks=pytest.mark.slow),
         (["test_cuda_shallow", "test_cuda_deep"], "not slow"),
         pytest.param(["test_cuda_shallow", "test_cuda_deep"], "", marks=pytest.mark.slow),
     ],
-    ids=["rows, guard and floor", "all", "shallow and deep", "all of shallow and deep"],
+    ids=["rows, guard, floor and schedules", "all", "shallow and deep", "all of shallow and deep"],
 )
 def test_the_tests_of_the_kernels_pass_in_tritons_interpreter(names, chosen):
     # In a process of its own: triton reads the variable when it is imported.
@@ -83,8 +83,9 @@ def compiled(monkeypatch):
 
 def advance(setting, start, stop, **options):
     cuda.DiagonalKernel(setting.x, setting.y).advance(
-        setting.factors, setting.lr, setting.decay, setting.problem, setting.batches, start, stop, **options
-    )
+        setting.factors, setting.lr, setting.decay, setting.problem, setting.batches, start, stop,
+        rates=setting.rates(start, stop), **options,
+    )  # fmt: skip
 
 
 @needs_triton
@@ -109,9 +110,10 @@ def test_one_kernel_for_an_h200_serves_every_ensemble_chunk_guard_and_record(com
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [3, 30, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_all_four_kernels_compile_for_an_h200(dim, dtype, compiled):
-    advance(make(num_members=4, n=20, d=dim, dtype=dtype, sizes=(0, 1, 0, 1), noise=(0.0, 0.0, 0.1, 0.1)), 0, 1)
-    assert len({kernel.hash for kernel in compiled}) == 4
+def test_all_eight_kernels_compile_for_an_h200(dim, dtype, compiled):
+    kinds = {"sizes": (0, 1), "noise": (0.0, 0.0, 0.1, 0.1), "schedules": (-1, -1, -1, -1, 0, 0, 0, 0)}
+    advance(make(num_members=8, n=20, d=dim, dtype=dtype, **kinds), 0, 1)
+    assert len({kernel.hash for kernel in compiled}) == 8
 
 
 @needs_triton
@@ -121,8 +123,9 @@ def test_one_kernel_of_the_shallow_network_serves_every_ensemble_and_chunk(compi
     from dlnlab.kernels.cuda_shallow import advance_cuda
 
     for cuts, members in (((0, 64), None), ((2**33, 2**33 + 1), [3])):
-        run(advance_cuda, cuts, members=members, steps=[], device="cpu")
-    assert len(compiled) == 2
+        for scheduled in (False, True):
+            run(advance_cuda, cuts, members=members, steps=[], device="cpu", scheduled=scheduled)
+    assert len(compiled) == 4
     assert len({kernel.hash for kernel in compiled}) == 1
     assert len(compiled[0].asm["cubin"]) > 0
 
@@ -138,6 +141,8 @@ def test_one_kernel_of_the_shallow_network_serves_every_ensemble_and_chunk(compi
     ids=str,
 )
 def test_one_kernel_of_a_deep_network_serves_every_ensemble_chunk_and_batch(widths, dtype, compiled):
+    from test_cuda_deep import scheduled
+
     from dlnlab.kernels import DeepGuard
     from dlnlab.kernels.cuda_deep import DeepKernel
 
@@ -146,8 +151,9 @@ def test_one_kernel_of_a_deep_network_serves_every_ensemble_chunk_and_batch(widt
         DeepKernel(setting.places, setting.y, setting.sizes).advance(
             setting.weights, setting.lazy, setting.lr, setting.decay, setting.problem, setting.batches, MEAN, start, stop,
             guard=DeepGuard(0.0, 1e10, 16, [w.clone() for w in setting.weights]),
+            rates=None if start == 0 else scheduled(start, stop),
         )  # fmt: skip
-    assert len(compiled) == 1 + 4 + 1 + 1  # a launch ends at every check
+    assert len(compiled) == 1 + 4 + 2  # a launch ends at every check
     assert len({kernel.hash for kernel in compiled}) == 1
     assert len(compiled[0].asm["cubin"]) > 0
 
