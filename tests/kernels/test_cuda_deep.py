@@ -61,7 +61,7 @@ def scheduled(start, stop):
     first = Rates.first_of(start)
     steps = torch.arange(first, stop, dtype=torch.float64)
     factors = torch.stack((1 + 0.5 * torch.cos(steps), 1 / (1 + 0.1 * steps)))
-    lr, kappa = torch.tensor([[0.03, 0.03, 0.03], [4.0, 0.1, 0.1]], dtype=torch.float64)
+    lr, kappa = torch.full((3,), 0.03).double(), torch.tensor([4.0, 0.1, 0.1], dtype=torch.float64)
     return Rates(lr, kappa, torch.tensor([0, 1, -1]), factors, factors.flip(0).contiguous(), first)
 
 
