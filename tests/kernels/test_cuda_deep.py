@@ -113,7 +113,7 @@ def test_a_member_has_the_same_bits_in_any_company_chunks_and_launches(kind, mon
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone.weights, Setting((6, 4)).weights, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["single entries", "mini-batches"])
+@pytest.mark.parametrize("kind", ["single entries", pytest.param("mini-batches", marks=pytest.mark.slow)])
 def test_scheduled_rates_agree_with_the_cpu_kernel_and_depend_on_no_chunk(kind):
     ours, theirs, parts = (Setting((6, 4), **KINDS[kind]) for _ in range(3))
     advance(ours, 25, 35, rates=scheduled(25, 35))

@@ -23,10 +23,10 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
     [
         (["test_cuda"], "rows_are_those or guard_freezes or floor or schedules-40"),
         pytest.param(["test_cuda"], "", marks=pytest.mark.slow),
-        (["test_cuda_shallow", "test_cuda_deep"], "not slow"),
+        (["test_cuda_shallow", "test_cuda_deep"], "guard or scheduled_rates or single or company and not slow"),
         pytest.param(["test_cuda_shallow", "test_cuda_deep"], "", marks=pytest.mark.slow),
     ],
-    ids=["rows, guard, floor and schedules", "all", "shallow and deep", "all of shallow and deep"],
+    ids=["rows, guard, floor and schedules", "all", "guard, chunks and schedules", "all of shallow and deep"],
 )
 def test_the_tests_of_the_kernels_pass_in_tritons_interpreter(names, chosen):
     # In a process of its own: triton reads the variable when it is imported.
