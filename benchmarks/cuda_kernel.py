@@ -1,14 +1,16 @@
-"""What does one step of one member cost in the CUDA kernel, beside the CPU kernel on one core, and what bounds it?
+"""What does one step of one member cost in the CUDA kernels, beside the CPU kernels on one core, and what bounds it?
 
     python benchmarks/cuda_kernel.py                          # (N, D) = (20, 30), E = 10,000, full batches and single rows
     python benchmarks/cuda_kernel.py --values 2 4 8 --registers 128 168 255 --members 1000 10000
+    python benchmarks/cuda_kernel.py --networks               # the shallow network, and the deep one on single entries
 
 Times are wall times of whole `advance` calls after a warm-up, medians of rounds; each round does the same steps with both
-kernels' guards checking every 100. Before it is timed, a kernel's result is compared with the reference's.
+kernels' guards checking, every 100 (the deep network: 1000). Before it is timed, the diagonal kernel's result is compared
+with the reference's; `pytest -m cuda` does that for all.
 
-**The kernel has been checked in Triton's interpreter only, so no table of this script exists yet.** Predicted for an
-H200 (`dlnlab/kernels/cuda_steps.py` counts): 0.2 ns for full batches, bound by reads of x from the first-level cache, and
-0.03 ns for single rows, bound by the issue of float64 and integer instructions.
+**The kernels have been checked in Triton's interpreter only, so no table of this script exists yet.** Predicted for an
+H200 and the diagonal network (`dlnlab/kernels/cuda_steps.py` counts): 0.2 ns for full batches, bound by reads of x from the
+first-level cache, and 0.03 ns for single rows, bound by the issue of float64 and integer instructions.
 """
 
 import argparse
@@ -16,10 +18,14 @@ import statistics
 import sys
 import time
 
+import completion
+import contest
+import shallow
 import torch
 
 from dlnlab import streams
-from dlnlab.kernels import Batches, Factors, Guard, cpu, cuda
+from dlnlab.kernels import Batches, Factors, Guard, cpu, cuda, shallow_kernel
+from dlnlab.kernels.shallow import advance_torch
 
 N, D, ALPHA = 20, 30, 0.1
 L1_BYTES_PER_CYCLE = 128
@@ -74,6 +80,38 @@ def operations(rows):
     return 4 * rows * D + 15 * D
 
 
+def networks(rounds, seconds):
+    """The other two networks: the kernel of this device beside that of a CPU core and torch's batched steps."""
+
+    def waiting(run):
+        def all_of_it(steps):
+            taken = run(steps)
+            torch.cuda.synchronize()
+            return taken
+
+        return all_of_it
+
+    advance, refused = shallow_kernel(torch.device("cuda"))
+    assert refused is None, refused
+    print(f"{'network':>14} {'E':>7} {'CPU core ns':>11} {'torch ns':>10} {'GPU ns':>10} {'ratio':>7} {'us/step':>8}")
+    cases = [("shallow", 10, members) for members in (1000, 40_000, 1_000_000)]
+    cases += [("deep", n, members) for n in (30, 100) for members in (100, 1000, 10_000)]
+    for name, size, members in cases:
+        if name == "shallow":
+            host, plain = shallow.kernel(size, 1000), shallow.kernel(size, members, advance_torch, "cuda")
+            run, alone = shallow.kernel(size, members, advance, "cuda"), 1000
+        else:
+            host, plain = completion.kernel(size, 10), completion.torch_batched(size, members, "cuda")
+            run, alone = completion.kernel(size, members, "cuda"), 10
+        ns = []
+        for contender, count in ((host, alone), (waiting(plain), members), (waiting(run), members)):
+            steps = contest.steps_in(contender, seconds)
+            times = [contest.seconds_per_step(contender, steps, time.perf_counter) for _ in range(rounds)]
+            ns.append(1e9 * statistics.median(times) / count)
+        print(f"{name + f' {size}':>14} {members:>7} {ns[0]:11.2f} {ns[1]:10.3f} {ns[2]:10.4f} {ns[0] / ns[2]:7.0f} "
+              f"{ns[2] * members / 1000:8.2f}", flush=True)  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=int, nargs="+", default=[10_000])
@@ -82,6 +120,7 @@ def main():
     parser.add_argument("--clock", type=float, default=1.98, help="GHz, for the shares of peaks (an H200's highest)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="per round and kernel")
+    parser.add_argument("--networks", action="store_true", help="the shallow and the deep network instead")
     parser.add_argument("--float32", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -89,6 +128,9 @@ def main():
     reason = cuda.refusal("cuda", D)
     if reason is not None:
         sys.exit(f"benchmarks/cuda_kernel.py: {reason}")
+    if arguments.networks:
+        networks(arguments.rounds, arguments.seconds)
+        return
     dtype = torch.float32 if arguments.float32 else torch.float64
     device = torch.cuda.get_device_properties(0)
     clock = 1e9 * arguments.clock

@@ -5,35 +5,38 @@
     python benchmarks/trajectories.py --profile   # writes benchmarks/results/profile.md; two minutes
     python benchmarks/trajectories.py --quick     # a minute's worth less of either: does it run?
 
-Contenders of a case take turns, and the medians of their rounds are compared: on a shared machine trust the ratios only.
-Everybody has one thread and keeps the gain, but for torch's own optimizer.
+Contenders take turns (`contest.py`). Everybody has one thread and keeps the gain, but for torch's own optimizer.
 """
 
-import argparse
-import logging
 import os
-import platform
 import resource
-import statistics
-import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from contest import (
+    NO_JAX,
+    Run,
+    header,
+    in_turns,
+    jax_run,
+    number,
+    one_thread,
+    parser,
+    seconds_per_step,
+    steps_in,
+    times,
+    train_everyone,
+    write,
+)
 
-import dlnlab
 from dlnlab import Ensemble, streams
-from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data import SparseRegression
 from dlnlab.kernels import Batches, Factors, Guard, Records, diagonal_steps
 from dlnlab.kernels.cpu import DiagonalKernel
@@ -42,14 +45,6 @@ from dlnlab.models import DiagonalLinearNetwork
 ALPHA, EVERY = 0.1, 100
 LONGER = 50
 """A fit takes so many times the steps that the kernel is timed with: five seconds, a quarter of one of them to set up."""
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NPROC": "1",
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-}
 SIZES = [(20, 30, 1), (20, 30, 30), (20, 30, 1000), (40, 100, 100), (200, 1000, 1), (200, 1000, 100)]
 
 
@@ -87,7 +82,7 @@ class Case:
 # Contenders: each is built from a case and takes a number of steps ----------------------------------------------------
 
 
-def numpy_lean(case: Case) -> Callable[[int], None]:
+def numpy_lean(case: Case) -> Run:
     """The shortest loop: u, v and the gain; rows drawn ahead."""
     x, y, n, lr = case.x, case.y, case.n, case.lr
 
@@ -105,7 +100,7 @@ def numpy_lean(case: Case) -> Callable[[int], None]:
     return run
 
 
-def numpy_notebook(case: Case) -> Callable[[int], None]:
+def numpy_notebook(case: Case) -> Run:
     """As notebooks have it: rows by `rng.choice` each step, and the loss logged each step."""
     rng, x, y = np.random.default_rng(0), case.x, case.y
 
@@ -122,7 +117,7 @@ def numpy_notebook(case: Case) -> Callable[[int], None]:
     return run
 
 
-def torch_autograd(case: Case) -> Callable[[int], None]:
+def torch_autograd(case: Case) -> Run:
     """One member with autograd and torch.optim.SGD, without the gain."""
     x, y = torch.from_numpy(case.x), torch.from_numpy(case.y)
 
@@ -139,7 +134,7 @@ def torch_autograd(case: Case) -> Callable[[int], None]:
     return run
 
 
-def torch_batched(case: Case) -> Callable[[int], None]:
+def torch_batched(case: Case) -> Run:
     """All members at once, in eager torch: `dlnlab.kernels.reference`; rows drawn ahead."""
     x, y = torch.from_numpy(case.x), torch.from_numpy(case.y)
     scaled = x / case.n
@@ -162,7 +157,7 @@ def torch_batched(case: Case) -> Callable[[int], None]:
     return run
 
 
-def jax_scan(case: Case, product: bool) -> Callable[[int], None]:
+def jax_scan(case: Case, product: bool) -> Run:
     """jit(scan(vmap)), the gain by a logarithm each step or by a product whose exponent is taken off every 32 steps.
 
     Rows are drawn once, outside the measurement.
@@ -170,9 +165,8 @@ def jax_scan(case: Case, product: bool) -> Callable[[int], None]:
     import jax
     import jax.numpy as jnp
 
-    jax.config.update("jax_enable_x64", True)
     x, y, n, lr, period = jnp.asarray(case.x), jnp.asarray(case.y), case.n, case.lr, 32
-    steps_per_call = period * max(1, min(300, int(1e7 / (case.members * case.flops))))
+    periods = max(1, min(300, int(1e7 / (case.members * case.flops))))
 
     def step(state: tuple, i: Any) -> tuple:
         u, v, gain = state
@@ -184,36 +178,23 @@ def jax_scan(case: Case, product: bool) -> Callable[[int], None]:
         factor = 1 - s * s
         return u - s * v, v - s * u, gain * factor if product else gain - jnp.log(jnp.abs(factor))
 
-    def steps(state: tuple, rows: Any) -> tuple:
-        return jax.lax.scan(lambda now, row: (jax.vmap(step)(now, row), None), state, rows)[0]
+    everyone = jax.vmap(step)
 
     def renormalised(carry: tuple, rows: Any) -> tuple:
-        (u, v, gain), exponent = steps(carry[0], rows), carry[1]
+        (u, v, gain), _ = jax.lax.scan(lambda now, row: (everyone(now, row), None), carry[0], rows)
         gain, more = jnp.frexp(gain)
-        return ((u, v, gain), exponent + more), None
+        return (u, v, gain), carry[1] + more
 
     shape = (case.members, case.d)
     state = (jnp.full(shape, 2**0.5 * ALPHA), jnp.zeros(shape), jnp.ones(shape) if product else jnp.zeros(shape))
-    rows = jnp.asarray(case.row_of_step((steps_per_call, case.members)))
-    if product:
-        state = (state, jnp.zeros(shape, jnp.int32))
-        rows = rows.reshape(-1, period, case.members)
-        call = jax.jit(lambda state, rows: jax.lax.scan(renormalised, state, rows)[0])
-    else:
-        call = jax.jit(steps)
-    jax.block_until_ready(call(state, rows))  # compiles
-
-    def run(wanted: int) -> int:
-        now, calls = state, max(1, round(wanted / steps_per_call))
-        for _ in range(calls):
-            now = call(now, rows)
-        jax.block_until_ready(now)
-        return calls * steps_per_call
-
-    return run
+    rows = jnp.asarray(case.row_of_step((periods * period, case.members)))
+    if not product:
+        return jax_run(everyone, state, rows, periods * period)
+    run = jax_run(renormalised, (state, jnp.zeros(shape, jnp.int32)), rows.reshape(-1, period, case.members), periods)
+    return lambda steps: period * run(steps // period)
 
 
-def kernel(case: Case, num_threads: int = 1, guarded: bool = True, recorded: bool = True) -> Callable[[int], None]:
+def kernel(case: Case, num_threads: int = 1, guarded: bool = True, recorded: bool = True) -> Run:
     """The bare kernel, with a check of every member and its loss recorded every 100 steps."""
     engine = DiagonalKernel(torch.from_numpy(case.x)[None], torch.from_numpy(case.y)[None])
     members = case.members
@@ -239,30 +220,20 @@ def kernel(case: Case, num_threads: int = 1, guarded: bool = True, recorded: boo
     return run
 
 
-def fit(case: Case, **record: Any) -> Callable[[int], None]:
+def fit(case: Case, **record: Any) -> Run:
     """This project, through `Trainer.fit`: guard, records, result segments and TensorBoard."""
 
     def run(steps: int) -> None:
         lr = {"linear": [0.9 * case.lr, case.lr, case.members]} if case.members > 1 else case.lr
         model = DiagonalLinearNetwork(ensemble=Ensemble(lr=lr), init_scale=ALPHA, batch_size=case.batch_size or "full")
-        recorder = Recorder(**record)
-        with tempfile.TemporaryDirectory() as folder:
-            recorder.directory = Path(folder)
-            off = dict.fromkeys(
-                ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-            )
-            trainer = Trainer(
-                max_steps=steps, callbacks=[MemberGuard(tol=0), recorder], accelerator="cpu", devices=1, **off
-            )
-            trainer.fit(model, case.data())
-        assert trainer.global_step == steps and not model.status.any(), "a member stopped: the rates would be wrong"
+        train_everyone(model, case.data(), steps, **record)
 
     return run
 
 
 LEAN, KERNEL, FIT = "NumPy, lean", "dlnlab, the kernel alone", "dlnlab, `Trainer.fit`, recorded 12 times a decade"
 FIT_EVERY = "dlnlab, `Trainer.fit`, recorded every 100 steps"
-CONTENDERS: dict[str, Callable[[Case], Callable[[int], Any]]] = {
+CONTENDERS: dict[str, Callable[[Case], Run]] = {
     LEAN: numpy_lean,
     "NumPy, as in notebooks": numpy_notebook,
     "torch, autograd and optim.SGD, no gain": torch_autograd,
@@ -277,50 +248,11 @@ ALONE = (LEAN, "NumPy, as in notebooks", "torch, autograd and optim.SGD, no gain
 """Contenders that run one member whatever E is: more of them take as long each."""
 
 
-# Clocks ---------------------------------------------------------------------------------------------------------------
-
-
-def seconds_per_step(run: Callable[[int], Any], steps: int, clock: Callable[[], float] = time.process_time) -> float:
-    """Processor time of one step; a contender that takes another number of steps returns it."""
-    began = clock()
-    taken = run(steps)
-    return (clock() - began) / (taken or steps)
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f}x" if ratio > 9.9 else f"{ratio:.2g}x"
-
-
-def steps_in(run: Callable[[int], Any], target: float, steps: int = 1) -> int:
-    """How many steps take about that many seconds, tried from `steps` on."""
-    run(1)  # whatever happens only once
-    while (took := seconds_per_step(run, steps) * steps) < 0.2 * target:
-        steps *= 4 if took > 0.02 * target else 16
-    return max(1, round(steps * target / took))
-
-
 def gemm_peak() -> float:
     """GFLOP/s of the best of ten float64 matrix products of size 1024, on one thread."""
     a, product = np.random.default_rng(0).standard_normal((1024, 1024)), np.empty((1024, 1024))
     times = [seconds_per_step(lambda _: np.matmul(a, a, out=product) is None, 1) for _ in range(11)]
     return 2e-9 * 1024**3 / min(times)
-
-
-def header(title: str, option: str = "", script: str = "trajectories") -> list[str]:
-    """Where and when it was measured."""
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "?")
-    packages = ("torch", "lightning", "numpy", "numba", "jax")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages if find_spec(name))
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    return [
-        f"# {title}",
-        "",
-        f"Measured by `python benchmarks/{script}.py{option}` on {time.strftime('%Y-%m-%d')}, one thread: {cpu}, "
-        f"{os.cpu_count()} shared cores, load {load}; dlnlab {dlnlab.__version__}, {versions}, "
-        f"Python {platform.python_version()}.",
-        "",
-    ]
 
 
 # One step of one member -----------------------------------------------------------------------------------------------
@@ -341,12 +273,8 @@ def measure(case: Case, rounds: int, seconds: float) -> tuple[dict[str, float], 
             steps[name] = steps_in(runs[name], 10 * seconds, steps[KERNEL])
         else:
             steps[name] = steps_in(runs[name], seconds)
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds_per_step(run, steps[name]))
-    members = {name: 1 if name in ALONE else case.members for name in runs}
-    return {name: 1e9 * statistics.median(found) / members[name] for name, found in times.items()}, steps
+    found = in_turns(runs, steps, rounds)
+    return {name: ns / (1 if name in ALONE else case.members) for name, ns in found.items()}, steps
 
 
 def table(cases: list[Case], measured: list[tuple[dict[str, float], dict[str, int]]], peak: float) -> list[str]:
@@ -360,8 +288,7 @@ def table(cases: list[Case], measured: list[tuple[dict[str, float], dict[str, in
                 cells.append("-")
                 continue
             share = 100 * case.flops / ns[name] / peak
-            number = f"{ns[name]:,.0f}" if ns[name] > 99 else f"{ns[name]:.1f}"
-            cells.append(f"{number} ({_times(ns[LEAN] / ns[name])}, {share:.2g} %)")
+            cells.append(f"{number(ns[name])} ({times(ns[LEAN] / ns[name])}, {share:.2g} %)")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for name, what in ((FIT, "12 times a decade"), (FIT_EVERY, "every 100 steps")):
         shares = [f"{1 - ns[KERNEL] / ns[name]:.0%} of {steps[name]:,} steps" for ns, steps in measured]
@@ -381,8 +308,7 @@ def trajectories(quick: bool, folder: Path) -> None:
         "losses every 100 steps, and so does `Trainer.fit`, which records train_loss, distance and gain, writes result "
         "segments and TensorBoard, and includes setting up; the other contenders write nothing.",
     ]  # fmt: skip
-    if not find_spec("jax"):
-        lines += ["", "JAX is not installed (`pip install dlnlab[benchmark]`): its rows are empty."]
+    lines += NO_JAX
     for batch_size, title in ((0, "Gradient descent"), (1, "Stochastic gradient descent, one row a step")):
         cases = [Case(*size, batch_size) for size in sizes]
         measured = []
@@ -390,7 +316,7 @@ def trajectories(quick: bool, folder: Path) -> None:
             measured.append(measure(case, rounds, seconds))
             print(f"({case.n}, {case.d}) E={case.members} b={case.batch_size or 'full'}", flush=True)
             for name, ns in measured[-1][0].items():
-                print(f"    {name:50} {ns:11,.1f} ns {_times(measured[-1][0][LEAN] / ns):>8}", flush=True)
+                print(f"    {name:50} {ns:11,.1f} ns {times(measured[-1][0][LEAN] / ns):>8}", flush=True)
         lines += ["", f"## {title}", "", *table(cases, measured, peak)]
     write(folder / "trajectories.md", lines)
 
@@ -419,12 +345,9 @@ def profile(quick: bool, folder: Path) -> None:
             "steps": kernel(case, guarded=False, recorded=False),
         }
         steps = {name: steps_in(run, seconds) for name, run in runs.items()}
-        times = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(1e9 * seconds_per_step(run, steps[name]) / (1 if name == "numpy" else case.members))
-        ns = {name: statistics.median(found) for name, found in times.items()}
-        cells = [f"{ns[name]:,.0f}" if ns[name] > 99 else f"{ns[name]:.1f}" for name in runs]
+        found = in_turns(runs, steps, rounds)
+        ns = {name: each / (1 if name == "numpy" else case.members) for name, each in found.items()}
+        cells = [number(ns[name]) for name in runs]
         read = 8 * (case.batch_size or case.n) * case.d / ns["steps"]
         lines.append(
             f"| ({case.n}, {case.d}) | {case.members} | {case.batch_size or 'full'} | {' | '.join(cells)} | "
@@ -453,7 +376,7 @@ What bounds a row (measured where a number says so, else concluded from the tabl
 # Growth ---------------------------------------------------------------------------------------------------------------
 
 
-def cost(run: Callable[[int], Any], steps: int) -> tuple[float, float]:
+def cost(run: Run, steps: int) -> tuple[float, float]:
     """Processor seconds, and MB by which the memory of a process at its peak exceeds what it had before; in a fork."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -532,24 +455,12 @@ def _decades(low: int, high: int) -> list[int]:
     return [10**k for k in range(low, high + 1)]
 
 
-def write(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth", action="store_true", help="how time and memory grow")
-    parser.add_argument("--profile", action="store_true", help="where the kernel's time goes")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
-    arguments = parser.parse_args()
-    if not ONE_THREAD.items() <= os.environ.items():  # libraries read it when they are imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # lightning's advice on workers
+    options = parser(__doc__)
+    options.add_argument("--growth", action="store_true", help="how time and memory grow")
+    options.add_argument("--profile", action="store_true", help="where the kernel's time goes")
+    arguments = options.parse_args()
+    one_thread()
     study = growth if arguments.growth else profile if arguments.profile else trajectories
     study(arguments.quick, arguments.output)
 

@@ -33,6 +33,9 @@ class DeepKernel:
         self._problems = steps.Problems(rows, columns, y.contiguous().numpy(), y.shape[1])
         self._network = steps.new_network(list(sizes))
 
+    def refusal(self, batch_sizes: Tensor) -> None:
+        """None: it takes steps of any batch size."""
+
     def advance(
         self,
         weights: Sequence[Tensor],

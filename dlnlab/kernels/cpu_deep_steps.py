@@ -4,7 +4,8 @@ Members run one after another, so a member's bits depend on nobody. Three kinds 
 
 - `_entry_step`, one entry (i, j): with h_1 = W_1 e_j, h_l = W_l h_{l-1} and g_{L-1} = W_L^T e_i, g_{l-1} = W_l^T g_l the
   entry is <g_1, h_1> and the gradient of layer l is g_l h_{l-1}^T. One pass down the layers finds the g's, and one up finds
-  h_l in the rows that it updates;
+  h_l in the rows that it updates. The way up ends at W_{L-1}, where the next step's way down begins: if that step's entry
+  has been drawn, one pass over W_{L-1} serves both (`_turn`);
 - `_entries_step`, several entries: the vectors of all, then one pass that updates;
 - `_full_step`: through the products W_l ... W_1.
 
@@ -22,6 +23,7 @@ import numpy as np
 from numba import njit
 
 from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
+from dlnlab.kernels.deep import SMALLEST_SCALE
 from dlnlab.kernels.factors import PERIOD
 from dlnlab.kernels.vectors import fma, load, pointer_at, pointers, shift, splat, store, total, zeros
 
@@ -29,9 +31,6 @@ PAD = 8
 BLOCK = PERIOD
 """Mini-batches are drawn for so many steps at a time, and c goes into V at the latest after as many."""
 RUNNING, CONVERGED, DIVERGED = range(3)
-
-_SMALLEST_SCALE = 2.0**-10
-"""c goes into V once it is below this: V would grow by as much."""
 
 part = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Parts of a kernel: compiled into the one function that is called, `advance`."""
@@ -132,7 +131,7 @@ def new_work(network: Network, num_samples: int, largest_batch: int, dtype: np.d
         dtype: Of the weights.
     """
     batch, widest = max(largest_batch, 1), int(network.padded.max())
-    vectors, matrix = int(network.hidden[-1]) * batch, widest * widest
+    vectors, matrix = int(network.hidden[-1]) * max(batch, 2), widest * widest  # two steps on one entry overlap
     sizes = (int(network.layers[-1]), vectors, vectors, batch, max(batch, num_samples), int(network.products[-1]),
              matrix, matrix, matrix)  # fmt: skip
     arrays = (np.zeros(max(size, PAD), dtype) for size in sizes)
@@ -216,15 +215,59 @@ def _push_and_update(w, at, rows, columns, h, frm, to, g, of, along, keep, zero)
         h[to + a], h[to + a + 1], h[to + a + 2], h[to + a + 3] = total(s0), total(s1), total(s2), total(s3)
 
 
+@part
+def _turn(w, at, rows, columns, h, frm, to, g, of, down, along, keep, old, push, c, zero):
+    """`_push_and_update` of the top layer between the outer ones, and the next step's way down through it, in one pass.
+
+    The g above it is c (V + push h_to) then, V at `old`; that and the g below go `down` from where those of this step are,
+    with the bits that `_scaled_row` and `_pull_back` would give them.
+    """
+    above, below, size, moves = of + down, frm + down, splat(c, zero), splat(push, zero)
+    for o in range(0, columns, PAD):
+        store(g, below + o, zero)
+    for first in range(0, rows, PAD):
+        for a in range(first, first + PAD, 4):
+            r0 = at + a * columns
+            r1, r2, r3 = r0 + columns, r0 + 2 * columns, r0 + 3 * columns
+            s0, s1, s2, s3 = zero, zero, zero, zero
+            for o in range(0, columns, PAD):
+                x = load(h, frm + o, zero)
+                s0, s1 = fma(load(w, r0 + o, zero), x, s0), fma(load(w, r1 + o, zero), x, s1)
+                s2, s3 = fma(load(w, r2 + o, zero), x, s2), fma(load(w, r3 + o, zero), x, s3)
+            h[to + a], h[to + a + 1], h[to + a + 2], h[to + a + 3] = total(s0), total(s1), total(s2), total(s3)
+        store(g, above + first, size * fma(moves, load(h, to + first, zero), load(w, old + first, zero)))
+        for a in range(first, first + PAD, 4):
+            r0 = at + a * columns
+            r1, r2, r3 = r0 + columns, r0 + 2 * columns, r0 + 3 * columns
+            g0, g1 = splat(-along * g[of + a], zero), splat(-along * g[of + a + 1], zero)
+            g2, g3 = splat(-along * g[of + a + 2], zero), splat(-along * g[of + a + 3], zero)
+            p0, p1 = splat(g[above + a], zero), splat(g[above + a + 1], zero)
+            p2, p3 = splat(g[above + a + 2], zero), splat(g[above + a + 3], zero)
+            for o in range(0, columns, PAD):
+                x = load(h, frm + o, zero)
+                w0, w1 = fma(g0, x, keep * load(w, r0 + o, zero)), fma(g1, x, keep * load(w, r1 + o, zero))
+                w2, w3 = fma(g2, x, keep * load(w, r2 + o, zero)), fma(g3, x, keep * load(w, r3 + o, zero))
+                store(w, r0 + o, w0)
+                store(w, r1 + o, w1)
+                store(w, r2 + o, w2)
+                store(w, r3 + o, w3)
+                sums = fma(p1, w1, fma(p0, w0, load(g, below + o, zero)))
+                store(g, below + o, fma(p3, w3, fma(p2, w2, sums)))
+
+
 # Steps on entries ----------------------------------------------------------------------------------------------------
 
 
 @part
-def _reach(work, net, i, j, shift_of, c, zero):
-    """g_{L-1}, ..., g_1 and h_1 of an entry, at `shift_of` of the batch's vectors; returns the entry."""
+def _reach(work, net, i, j, shift_of, c, turned, zero):
+    """g_{L-1}, ..., g_1 and h_1 of an entry, at `shift_of` of the batch's vectors; returns the entry.
+
+    The first two g's are there already if the last step has `turned`.
+    """
     last, top = net.depth - 1, net.padded[net.depth - 1]
-    _scaled_row(work.layers, net.layers[last] + i * top, work.g, shift_of + net.hidden[last], top, c, zero)
-    for layer in range(last - 1, 0, -1):
+    if not turned:
+        _scaled_row(work.layers, net.layers[last] + i * top, work.g, shift_of + net.hidden[last], top, c, zero)
+    for layer in range(last - 2 if turned else last - 1, 0, -1):
         _pull_back(
             work.layers, net.layers[layer], net.padded[layer + 1], net.padded[layer], work.g,
             shift_of + net.hidden[layer + 1], shift_of + net.hidden[layer], zero,
@@ -243,16 +286,26 @@ def _update_ends(work, net, i, j, shift_of, along, zero):
 
 
 @part
-def _entry_step(work, net, i, j, target, slope, decay, c, zero):
-    """One step on one entry; `slope` is lr times the derivative of the loss for a residual of one."""
-    along = slope * (np.float64(_reach(work, net, i, j, 0, c, zero)) - target)
-    keep = splat(decay, zero)
+def _entry_step(work, net, i, j, target, slope, decay, c, here, turned, turn, next_i, zero):
+    """One step on one entry; `slope` is lr times the derivative of the loss for a residual of one.
+
+    Its vectors are at `here`. If it is to `turn`, the next step is on row `next_i` and has its own at the other place.
+    """
+    along = slope * (np.float64(_reach(work, net, i, j, here, c, turned, zero)) - target)
+    keep, top = splat(decay, zero), net.depth - 2
+    push = -(along / (c * decay))
     for layer in range(1, net.depth - 1):
-        _push_and_update(
-            work.layers, net.layers[layer], net.padded[layer + 1], net.padded[layer], work.h, net.hidden[layer],
-            net.hidden[layer + 1], work.g, net.hidden[layer + 1], along, keep, zero,
-        )  # fmt: skip
-    _update_ends(work, net, i, j, 0, along / (c * decay), zero)
+        at, rows, columns = net.layers[layer], net.padded[layer + 1], net.padded[layer]
+        below, above = here + net.hidden[layer], here + net.hidden[layer + 1]
+        if turn and layer == top:
+            old, down = net.layers[net.depth - 1] + next_i * rows, net.hidden[net.depth] - 2 * here
+            _turn(work.layers, at, rows, columns, work.h, below, above, work.g, above, down, along, keep, old,
+                  push if next_i == i else 0.0, c * decay, zero)  # fmt: skip
+        else:
+            _push_and_update(
+                work.layers, at, rows, columns, work.h, below, above, work.g, above, along, keep, zero
+            )  # fmt: skip
+    _update_ends(work, net, i, j, here, along / (c * decay), zero)
 
 
 @part
@@ -261,7 +314,7 @@ def _entries_step(work, net, problems, p, count, drawn, slope, decay, c, zero):
     size, keep, n = net.hidden[net.depth], splat(decay, zero), problems.num_samples
     for e in range(count):
         entry = p * n + work.rows[drawn + e]
-        found = _reach(work, net, problems.rows[entry], problems.columns[entry], e * size, c, zero)
+        found = _reach(work, net, problems.rows[entry], problems.columns[entry], e * size, c, False, zero)
         for layer in range(1, net.depth - 1):
             _push_forward(
                 work.layers, net.layers[layer], net.padded[layer + 1], net.padded[layer], work.h,
@@ -473,7 +526,7 @@ def _copy_weights(source, target, net, m, like):
 def _shrink(c, decay, step):
     """C after the step that leads to `step`, and whether it is to go into V."""
     c *= decay
-    return c, step % BLOCK == 0 or c < _SMALLEST_SCALE
+    return c, step % BLOCK == 0 or c < SMALLEST_SCALE
 
 
 @part
@@ -527,7 +580,7 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop, 
         work.order[n] = -1
         for e in range(labels):
             work.noise[e] = 0
-        step = start
+        step, here, turned = start, 0, False
         while step < stop:
             end = min(stop, step - step % BLOCK + BLOCK)
             if guard.every_n_steps > 0:
@@ -549,7 +602,13 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop, 
                 if count == 1:
                     entry = p * n + work.rows[now - step]
                     target = problems.y[entry] + work.noise[0]
-                    _entry_step(work, net, problems.rows[entry], problems.columns[entry], target, slope, decay, c, zero)
+                    turn = net.depth > 2 and now + 1 < end
+                    next_i = problems.rows[p * n + work.rows[now + 1 - step]] if turn else 0
+                    _entry_step(
+                        work, net, problems.rows[entry], problems.columns[entry], target, slope, decay, c, here, turned,
+                        turn, next_i, zero,
+                    )  # fmt: skip
+                    here, turned = net.hidden[net.depth] - here if turn else here, turn
                 else:
                     _entries_step(work, net, problems, p, count, (now - step) * count, slope, decay, c, zero)
                 c, flushed = _shrink(c, decay, now + 1)

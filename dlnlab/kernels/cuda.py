@@ -64,16 +64,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(device: torch.device | str, dim: int) -> str | None:
-    """Why the kernel cannot run, in a line, or None if it can.
+def refusal(device: torch.device | str, dim: int = 1) -> str | None:
+    """Why a kernel cannot run, in a line, or None if it can.
 
     Args:
         device: Where the members are.
-        dim: D.
+        dim: D, of the diagonal network.
     """
     device = torch.device(device)
     if device.type != ("cpu" if interpreted() else "cuda"):
-        return f"the CUDA kernel does not run on {device.type} tensors"
+        return f"CUDA kernels do not run on {device.type} tensors"
     if dim > MAX_DIM:
         return f"the CUDA kernel has room for {MAX_DIM} features, the data have {dim}"
     return _missing()
@@ -93,6 +93,24 @@ def layout(dim: int) -> tuple[int, int, int]:
 def registers(warps: int) -> int:
     """What a thread gets at most: all warps of a block share 65,536."""
     return min(REGISTERS, 2048 // warps)
+
+
+def rate_tables(rates: Rates | None, members: Tensor) -> tuple["cuda_steps.Rates", tuple[int, int]]:
+    """Rates for a kernel, and the step of their first column and how many they have; without any nobody has a schedule.
+
+    Args:
+        rates: Those of the members whose lr or weight decay changes.
+        members: Any int64 tensor (E,) on the device.
+    """
+    from dlnlab.kernels import cuda_steps  # triton takes seconds to import, and is optional
+
+    if rates is None:
+        none = members.new_zeros(1, dtype=torch.float64)
+        return cuda_steps.Rates(none, none, torch.full_like(members, -1), none, none), (0, 0)
+    names = ("lr", "weight_decay", "schedule", "lr_factor", "weight_decay_factor")
+    return cuda_steps.Rates(*(getattr(rates, name).contiguous() for name in names)), (
+        rates.first, rates.lr_factor.shape[1],
+    )  # fmt: skip
 
 
 class DiagonalKernel(Kernel):
@@ -143,15 +161,7 @@ class DiagonalKernel(Kernel):
             batches.sampling_key.contiguous(), batches.noise_key.contiguous(), batches.noise_std.double(),
             status, stopped_at,
         )  # fmt: skip
-        scheduled, numbers = rates is not None, lr.new_zeros(1, dtype=torch.float64)
-        schedule = rates.schedule if scheduled else torch.full_like(problem, -1)
-        if scheduled:
-            tables = rates.lr_factor.contiguous(), rates.weight_decay_factor.contiguous()
-            own = (tensor.contiguous() for tensor in (rates.lr, rates.weight_decay, schedule))
-            courses = steps.Rates(*own, *tables)
-            span = rates.first, rates.lr_factor.shape[1]
-        else:
-            courses, span = steps.Rates(numbers, numbers, schedule, numbers, numbers), (0, 0)
+        courses, span = rate_tables(rates, problem)
         home = self._state(factors)
         kept = home if guard is None else self._state(guard.kept)
         tol, bound, every = (0.0, 0.0, 2**62) if guard is None else (guard.tol, guard.bound, guard.every_n_steps)
@@ -161,7 +171,7 @@ class DiagonalKernel(Kernel):
         room_to_write = self._records(records, home)
         everything = records.factors is not None
         lasts = []
-        for kind, table, rows in self._blocks(status, problem, batches, schedule, with_stopped=bool(due)):
+        for kind, table, rows in self._blocks(status, problem, batches, courses.schedule, with_stopped=bool(due)):
             sampled, noisy, changing = kind
             blocks, room = len(table), max(rows, steps.ROWS.value)
             memory = steps.Memory(

@@ -160,7 +160,7 @@ def _uniform(high, low):
 
 
 @triton.jit
-def _normal(key0, key1, number, step):
+def normal(key0, key1, number, step):
     """Standard normal number `number` of a step (Box-Muller)."""
     w0, w1, w2, w3 = _words(key0, key1, number // 2, step)
     radius = tl.sqrt(-2.0 * tl.log(1.0 - _uniform(w0, w1)))  # 1 - u is exact
@@ -188,7 +188,7 @@ def _shuffle(order, key0, key1, step, count, size, LANES: tl.constexpr):
 
 
 @triton.jit
-def _draw(rows, order, epoch, key0, key1, sampling, step, end, count, size, LANES: tl.constexpr):
+def draw(rows, order, epoch, key0, key1, sampling, step, end, count, size, LANES: tl.constexpr):
     """The mini-batches of the steps step, ..., end - 1, one after another in `rows` (drawn rows, LANES).
 
     Returns:
@@ -226,7 +226,7 @@ def _draw(rows, order, epoch, key0, key1, sampling, step, end, count, size, LANE
 
 
 @triton.jit
-def _split_powers(product):
+def split_powers(product):
     """A product in [1/2, 1) and its power of two; zeros and non-finite ones stay as they are."""
     denormal = (tl.abs(product) < 2.2250738585072014e-308) & (product != 0)
     bits = tl.where(denormal, product * 18014398509481984.0, product).to(tl.int64, bitcast=True)  # 2^54
@@ -250,7 +250,7 @@ def _hold(w, initial, product, exponent, log_decay, floor, near, log_floor):
 @triton.jit
 def _renormalise(w, product, exponents, initials, log_decay, at, moving, floor, near, log_floor):
     """Both of the above for one factor, where `moving`; the exponents are changed in memory."""
-    mantissa, power = _split_powers(product)
+    mantissa, power = split_powers(product)
     exponent = tl.load(exponents + at, mask=moving, other=0) + power
     tl.store(exponents + at, exponent, mask=moving)
     product = tl.where(moving, mantissa, product)
@@ -277,7 +277,7 @@ def _gradient(beta, x_at, y_at, rows, count, noise_std, key0, key1, step, SAMPLE
             x, y = tl.load(x_at + k * COLUMNS), tl.load(y_at + k)
         residual = tl.sum(x * beta, axis=0) - y
         if NOISY:
-            residual -= (noise_std * _normal(key0, key1, lane * 0 + k, step)).to(beta.dtype)
+            residual -= (noise_std * normal(key0, key1, lane * 0 + k, step)).to(beta.dtype)
         total = tl.fma(x, residual[None, :], total)
     return total
 
@@ -404,7 +404,7 @@ def advance(blocks, members: Members, rates: Rates, problems: Problems, state: S
         end = tl.minimum(end, tl.load(records.steps + t, mask=t < num_records, other=stop))
         if SAMPLED:
             end = tl.minimum(end, step + room // count)
-            epoch = _draw(rows, order, epoch, sampling0, sampling1, sampling, step, end, count, size, LANES)
+            epoch = draw(rows, order, epoch, sampling0, sampling1, sampling, step, end, count, size, LANES)
         moving = running[None, :] & inside
         shrink = tl.where(running, decay, 1)
         log_shrink = tl.log(shrink.to(tl.float64))

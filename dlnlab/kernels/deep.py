@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 2.0**-10
+"""Compiled kernels keep outer layers W as V = W/c, and c goes into V once it is below this: V would grow by as much."""
+
 
 def deep_kernel(places: Tensor, y: Tensor, sizes: list[int]) -> Any:
     """The compiled kernel of the device that holds the entries.
@@ -16,13 +19,17 @@ def deep_kernel(places: Tensor, y: Tensor, sizes: list[int]) -> Any:
         sizes: D, H_1, ..., H_{L-1}, K.
 
     Returns:
-        A `dlnlab.kernels.cpu_deep.DeepKernel`, or a line saying why there is none.
+        A `DeepKernel` of `dlnlab.kernels.cpu_deep` or `dlnlab.kernels.cuda_deep`, or a line saying why there is none.
+        Its `refusal` says why it does not take steps of some batch sizes.
     """
-    if places.device.type != "cpu":
-        return "a step is a few batched products over all members, which torch already does on this device"
-    from dlnlab.kernels import cpu_deep  # brings numba, which only a fit needs
+    if places.device.type == "cpu":
+        from dlnlab.kernels import cpu_deep  # brings numba, which only a fit needs
 
-    return cpu_deep.DeepKernel(places, y, sizes)
+        return cpu_deep.DeepKernel(places, y, sizes)
+    from dlnlab.kernels import cuda_deep
+
+    refusal = cuda_deep.refusal(places.device, sizes)
+    return cuda_deep.DeepKernel(places, y, sizes) if refusal is None else refusal
 
 
 @dataclass(frozen=True)

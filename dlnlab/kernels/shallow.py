@@ -158,7 +158,10 @@ def shallow_kernel(device: torch.device) -> tuple[Advance, str | None]:
     """
     if device.type == "cpu":
         return advance_cpu, None
-    return advance_torch, f"there is no compiled kernel for {device.type}"
+    from dlnlab.kernels import cuda, cuda_shallow
+
+    refusal = cuda.refusal(device)
+    return (cuda_shallow.advance_cuda, None) if refusal is None else (advance_torch, refusal)
 
 
 def advance_torch(

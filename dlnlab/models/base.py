@@ -58,7 +58,7 @@ RUNNING, CONVERGED, DIVERGED = range(3)
 STATUSES = ("running", "converged", "diverged")
 LR_UNITS = ("one", "max_row", "flow_edge", "mean_square_edge")
 
-_CHUNK_SECONDS = 0.1
+_CHUNK_SECONDS = 0.25
 """A chunk aims at no more than this, so that Ctrl-C, signals and the progress bar stay prompt, ..."""
 _AMORTISED = 3
 """... or at so many times the shortest one: what a chunk costs whatever its length must not be most of it."""

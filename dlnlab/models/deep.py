@@ -243,10 +243,15 @@ class DeepLinearNetwork(LinearNetwork):
         return self._kernel
 
     @property
+    def _kernel_refusal(self) -> str | None:
+        """Why the next steps are not the kernel's, in a line, or None if they are."""
+        return self.kernel if isinstance(self.kernel, str) else self.kernel.refusal(self._batches.size)
+
+    @property
     def path(self) -> str:
         """How this model is advanced, and why."""
-        compiled = self.closed_form_refusal() is not None or not isinstance(self.kernel, str)
-        return super().path if compiled else f"{super().path}, in torch: {self.kernel}"
+        reason = None if self.closed_form_refusal() else self._kernel_refusal
+        return super().path if reason is None else f"{super().path}, in torch: {reason}"
 
     def advance_closed_form(
         self, k: int, record_steps: list[int], variables: tuple[str, ...], guard: Guard | None
@@ -254,7 +259,7 @@ class DeepLinearNetwork(LinearNetwork):
         """Steps without autograd; see `LinearNetwork.advance_closed_form`. A record costs a call of the kernel."""
         start = step = self._optimizer.num_steps
         end, records, due = start + k, [], set(record_steps)
-        advance = self._advance_in_torch if isinstance(self.kernel, str) else self._advance_compiled
+        advance = self._advance_compiled if self._kernel_refusal is None else self._advance_in_torch
         while step < end:
             stop = min([end, *(s for s in record_steps if s > step)])
             step += advance(step, stop, guard) if len(self.running) else stop - step

@@ -196,7 +196,7 @@ def draw_steps(keys, rows, order, plan, LANES: tl.constexpr):
     start, stop, count, size, sampling = (
         tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4)
     )  # fmt: skip
-    cuda_steps._draw(rows, order, start * 0 - 1, key0, key1, sampling, start, stop, count, size, LANES)
+    cuda_steps.draw(rows, order, start * 0 - 1, key0, key1, sampling, start, stop, count, size, LANES)
 
 
 @pytest.mark.parametrize("sampling", range(3), ids=streams.SAMPLINGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cpu import make
+from test_cpu_deep import MEAN, Setting
 
 from dlnlab.kernels import cuda
 from dlnlab.kernels.diagonal import Guard, Records
@@ -18,15 +19,20 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 @pytest.mark.parametrize(
-    "chosen",
-    ["rows_are_those or guard_freezes or floor or schedules-40", pytest.param("", marks=pytest.mark.slow)],
-    ids=["rows, guard, floor and schedules", "all"],
+    "names, chosen",
+    [
+        (["test_cuda"], "rows_are_those or guard_freezes or floor or schedules-40"),
+        pytest.param(["test_cuda"], "", marks=pytest.mark.slow),
+        (["test_cuda_shallow", "test_cuda_deep"], "guard or scheduled_rates or single or company and not slow"),
+        pytest.param(["test_cuda_shallow", "test_cuda_deep"], "", marks=pytest.mark.slow),
+    ],
+    ids=["rows, guard, floor and schedules", "all", "guard, chunks and schedules", "all of shallow and deep"],
 )
-def test_the_tests_of_the_kernel_pass_in_tritons_interpreter(chosen):
+def test_the_tests_of_the_kernels_pass_in_tritons_interpreter(names, chosen):
     # In a process of its own: triton reads the variable when it is imported.
-    file = Path(__file__).with_name("test_cuda.py")
+    files = [str(Path(__file__).with_name(f"{name}.py")) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
@@ -52,20 +58,27 @@ def compiled(monkeypatch):
     """The kernels that calls of `advance` would launch on an H200, compiled by Triton and NVIDIA's assembler."""
     from triton.runtime import driver
 
-    from dlnlab.kernels import cuda_steps
+    from dlnlab.kernels import cuda_deep_steps, cuda_shallow_steps, cuda_steps
 
-    kernel, made = cuda_steps.advance, []
+    made, kernels = [], []
 
     class CompileOnly:
-        def __getitem__(self, grid):
-            return lambda *args, **options: made.append(kernel.warmup(*args, grid=grid, **options))
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-    monkeypatch.setattr(cuda_steps, "advance", CompileOnly())
-    monkeypatch.setattr(cuda, "refusal", lambda device, dim: None)
-    kernel.device_caches.clear()
+        def __getitem__(self, grid):
+            return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    for module in (cuda_steps, cuda_shallow_steps, cuda_deep_steps):
+        kernels.append(module.advance)
+        monkeypatch.setattr(module, "advance", CompileOnly(module.advance))
+    monkeypatch.setattr(cuda, "refusal", lambda device, dim=1: None)
+    for kernel in kernels:
+        kernel.device_caches.clear()
     monkeypatch.setattr(driver, "_active", H200())
     yield made
-    kernel.device_caches.clear()  # nothing of this for the real device
+    for kernel in kernels:
+        kernel.device_caches.clear()  # nothing of this for the real device
 
 
 def advance(setting, start, stop, **options):
@@ -103,10 +116,52 @@ def test_all_eight_kernels_compile_for_an_h200(dim, dtype, compiled):
     assert len({kernel.hash for kernel in compiled}) == 8
 
 
+@needs_triton
+def test_one_kernel_of_the_shallow_network_serves_every_ensemble_and_chunk(compiled):
+    from test_cuda_shallow import run
+
+    from dlnlab.kernels.cuda_shallow import advance_cuda
+
+    for cuts, members in (((0, 64), None), ((2**33, 2**33 + 1), [3])):
+        for scheduled in (False, True):
+            run(advance_cuda, cuts, members=members, steps=[], device="cpu", scheduled=scheduled)
+    assert len(compiled) == 4
+    assert len({kernel.hash for kernel in compiled}) == 1
+    assert len(compiled[0].asm["cubin"]) > 0
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "widths, dtype",
+    [((30, 30), torch.float64)]
+    + [
+        pytest.param(widths, dtype, marks=pytest.mark.slow)
+        for widths, dtype in (((3,), torch.float64), ((100, 100, 60), torch.float64), ((100, 100, 60), torch.float32))
+    ],
+    ids=str,
+)
+def test_one_kernel_of_a_deep_network_serves_every_ensemble_chunk_and_batch(widths, dtype, compiled):
+    from test_cuda_deep import scheduled
+
+    from dlnlab.kernels import DeepGuard
+    from dlnlab.kernels.cuda_deep import DeepKernel
+
+    for start, stop, sizes in ((0, 1, (1,)), (2**33, 2**33 + 64, (3, 16)), (5, 21, (16,))):
+        setting = Setting(widths, sizes=sizes, samplings=(0, 1, 2), noise=(0.0, 0.1), dtype=dtype)
+        DeepKernel(setting.places, setting.y, setting.sizes).advance(
+            setting.weights, setting.lazy, setting.lr, setting.decay, setting.problem, setting.batches, MEAN, start, stop,
+            guard=DeepGuard(0.0, 1e10, 16, [w.clone() for w in setting.weights]),
+            rates=None if start == 0 else scheduled(start, stop),
+        )  # fmt: skip
+    assert len(compiled) == 1 + 4 + 2  # a launch ends at every check
+    assert len({kernel.hash for kernel in compiled}) == 1
+    assert len(compiled[0].asm["cubin"]) > 0
+
+
 def test_what_it_cannot_do_is_said_in_a_line(monkeypatch):
-    assert cuda.refusal("cpu", 30) == "the CUDA kernel does not run on cpu tensors"
+    assert cuda.refusal("cpu", 30) == "CUDA kernels do not run on cpu tensors"
     assert "4096 features" in cuda.refusal("cuda", 5000)
-    with pytest.raises(ValueError, match="does not run on cpu tensors"):
+    with pytest.raises(ValueError, match="do not run on cpu tensors"):
         cuda.DiagonalKernel(torch.zeros(1, 2, 3), torch.zeros(1, 2))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cuda._missing.cache_clear()

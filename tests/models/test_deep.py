@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from dlnlab import Ensemble, theory
 from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.data import LowRankCompletion, ObservedEntries, SparseRegression
+from dlnlab.kernels.cpu_deep import DeepKernel
 from dlnlab.models import Batch, DeepLinearNetwork
 from dlnlab.optim import GainSGD, GradientFlow
 
@@ -75,6 +77,20 @@ def test_the_torch_path_takes_the_compiled_steps_on_the_same_entries(deep, monke
     theirs, _ = deep(steps=60, ensemble=everything(), record=(0, 10, 60))
     assert theirs.path == "closed form, in torch: no compiler"
     torch.testing.assert_close(ours.predictor(), theirs.predictor(), atol=1e-12, rtol=0)  # 60 roundings
+
+
+def test_full_batches_that_a_kernel_refuses_are_torchs_while_they_last(deep, monkeypatch):
+    schedules = {"growing": {"batch_size": lambda steps: np.where(steps % 50 < 20, 1, np.inf)}}
+    options = {"steps": 60, "schedules": schedules, "schedule": "growing", "record": (0, 19, 33, 60)}
+    ours, recorded = deep(**options, ensemble=Ensemble(lr=[0.02, 0.1], weight_decay=[0.01], seed=2))
+    monkeypatch.setattr(DeepKernel, "refusal", lambda self, sizes: "all entries" if bool((sizes == 0).any()) else None)
+    theirs, expected = deep(**options, ensemble=Ensemble(lr=[0.02, 0.1], weight_decay=[0.01], seed=2))
+    assert theirs.path == "closed form"  # at the end, where batches are single entries again
+    torch.testing.assert_close(ours.predictor(), theirs.predictor(), atol=1e-12, rtol=0)  # 60 roundings
+    assert not torch.equal(ours.predictor(), theirs.predictor())
+    np.testing.assert_allclose(recorded.train_loss, expected.train_loss, rtol=1e-11)
+    everyone, _ = deep(steps=3, ensemble=everything())
+    assert everyone.path == "closed form, in torch: all entries"
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
