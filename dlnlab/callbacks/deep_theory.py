@@ -89,7 +89,7 @@ class DeepTheory(Measurement):
         largest = model.problems.y.abs().flatten(1).amax(1)[model.problem_index]
         scale = 0.5 if model.half else 1.0
         if model.reduction == "sum":
-            scale = scale * model._rows_per_step.to(kappa.dtype)
+            scale = scale * model.scheduled_batch_size.to(kappa)
         return theory.absorbing_norm(kappa, largest, model.depth, scale)
 
 

@@ -39,7 +39,7 @@ def run(advance, cuts=(0, 70), members=None, tol=0.0, every=10, lr=0.3, steps=ST
     logs, taken = [], 0
     for start, stop in pairwise(cuts):
         log = Log.allocate([step for step in steps if start < step <= stop], state)
-        rates = rates_of(lrs[chosen], chosen, start, stop).to(device) if scheduled else None
+        rates = rates_of(lrs[chosen], chosen, start, stop, device) if scheduled else None
         taken += advance(state, course, start, stop, status, stopped_at, rule, log, rates=rates)
         logs.append([*vars(log.state).values(), log.status])
     log = [torch.cat(parts) for parts in zip(*logs, strict=True)]
@@ -47,12 +47,13 @@ def run(advance, cuts=(0, 70), members=None, tol=0.0, every=10, lr=0.3, steps=ST
     return [tensor.cpu() for tensor in found], taken
 
 
-def rates_of(lrs, members, start, stop):
+def rates_of(lrs, members, start, stop, device):
     """Two schedules of the step size, and none for every third member."""
     first = Rates.first_of(start)
     steps = torch.arange(first, stop, dtype=torch.float64)
     factors = torch.stack((0.6 + 0.4 * torch.cos(steps), 1 / (1 + 0.1 * steps)))
-    return Rates(lrs, torch.zeros_like(lrs), members % 3 - 1, factors, torch.ones_like(factors), first)
+    parts = (lrs, torch.zeros_like(lrs), members % 3 - 1, factors, torch.ones_like(factors))
+    return Rates(*(part.to(device) for part in parts), first)
 
 
 def assert_same(ours, theirs, **tolerance):

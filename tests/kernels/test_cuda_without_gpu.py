@@ -23,7 +23,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
     [
         (["test_cuda"], "rows_are_those or guard_freezes or floor or schedules-40"),
         pytest.param(["test_cuda"], "", marks=pytest.mark.slow),
-        (["test_cuda_shallow", "test_cuda_deep"], "guard or scheduled_rates or single or company and not slow"),
+        (["test_cuda_shallow", "test_cuda_deep"], "guard or single or schedules or company and not slow"),
         pytest.param(["test_cuda_shallow", "test_cuda_deep"], "", marks=pytest.mark.slow),
     ],
     ids=["rows, guard, floor and schedules", "all", "guard, chunks and schedules", "all of shallow and deep"],
@@ -141,17 +141,16 @@ def test_one_kernel_of_the_shallow_network_serves_every_ensemble_and_chunk(compi
     ids=str,
 )
 def test_one_kernel_of_a_deep_network_serves_every_ensemble_chunk_and_batch(widths, dtype, compiled):
-    from test_cuda_deep import scheduled
-
     from dlnlab.kernels import DeepGuard
     from dlnlab.kernels.cuda_deep import DeepKernel
 
     for start, stop, sizes in ((0, 1, (1,)), (2**33, 2**33 + 64, (3, 16)), (5, 21, (16,))):
-        setting = Setting(widths, sizes=sizes, samplings=(0, 1, 2), noise=(0.0, 0.1), dtype=dtype)
+        schedules = (-1,) if start == 0 else (0, 1, -1)
+        setting = Setting(widths, sizes, (0, 1, 2), noise=(0.0, 0.1), dtype=dtype, schedules=schedules)
         DeepKernel(setting.places, setting.y, setting.sizes).advance(
             setting.weights, setting.lazy, setting.lr, setting.decay, setting.problem, setting.batches, MEAN, start, stop,
             guard=DeepGuard(0.0, 1e10, 16, [w.clone() for w in setting.weights]),
-            rates=None if start == 0 else scheduled(start, stop),
+            rates=setting.rates(start, stop),
         )  # fmt: skip
     assert len(compiled) == 1 + 4 + 2  # a launch ends at every check
     assert len({kernel.hash for kernel in compiled}) == 1
