@@ -62,7 +62,8 @@ def eigenpairs(
     r"""The algebraically largest or smallest eigenpairs of a symmetric operator.
 
     Rayleigh-Ritz on a growing space: it holds the rows of `start` and a random guard, and grows by the residual of the
-    wanted pair that is furthest from done, which from a single row is the Lanczos method. A full space is restarted from
+    wanted pair that is furthest from done, which from a single row is the Lanczos method. Without a start it begins with the
+    gradient, where the operator is a loss's, and a part that is random. A full space is restarted from
     its best Ritz vectors. Every member of an ensemble has a space of its own; all grow together.
 
     The guard is there because a residual bounds the distance to *some* eigenvalue: where two cross without mixing, a warm
@@ -175,6 +176,11 @@ class _Solver:
             )
         rows = normalize(rows[:, : self.most - 1].to(self.device, self.dtype).nan_to_num(0, 0, 0), dim=-1)
         guard = normalize(self._random(1), dim=-1)
+        gradient = getattr(self.operator, "gradient", None)
+        if start is None and gradient is not None:
+            # During training it lies mostly among the largest eigenvectors.
+            gradient = gradient.to(guard).reshape(self.members, 1, self.size).nan_to_num(0, 0, 0)
+            guard = normalize(gradient, dim=-1) + _GUARD * guard
         if rows.shape[1] > self.needed:
             rows[:, -1:] += _GUARD * guard
         else:
