@@ -86,15 +86,7 @@ class AxisFigure(Figure):
         return {name: np.array(column) for name, column in zip(columns, zip(*rows, strict=True), strict=True)}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Not used.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         labels = list(dict.fromkeys(table["panel"].tolist()))
         ticks = [str(value) for value in dict.fromkeys(table[self.axis].tolist())]

@@ -87,6 +87,9 @@ class Figure:
 
         Returns:
             The figure, made by `panels`; nothing refers to it, so there is nothing to close.
+
+        Raises:
+            ValueError: If what it draws is missing.
         """
         raise NotImplementedError
 

@@ -107,18 +107,7 @@ class CoordinateFigure(Figure):
         return parts
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: As `table`.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["panel"].tolist()))
         figure, axes = panels(len(names), height=1.35)

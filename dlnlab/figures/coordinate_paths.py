@@ -102,15 +102,7 @@ class CoordinatePathsFigure(Figure):
         return {key: np.array(column) for key, column in found.items()}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the member's paths.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-        """
+        """Draw the member's paths; see `Figure.draw`."""
         members = self._members(dataset, variants)
         figure, axes = panels(len(self.quantities), height=1.4, header=0.3, columns=len(members), sharey=True)
         for column, (cell, data) in enumerate(members):

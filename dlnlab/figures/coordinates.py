@@ -111,15 +111,7 @@ class CoordinatesFigure(Figure):
         return columns_of(rows)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         found = [(cell, self._columns(cell)) for cell in self._cells(dataset, variants)]
         titles = list(dict.fromkeys(self._title(cell) for cell, _ in found))
         names = list(dict.fromkeys(cell.label(self.panels) for cell, _ in found))

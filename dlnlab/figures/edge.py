@@ -90,18 +90,7 @@ class EdgeFigure(Figure):
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: As `table`.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
         figure, axes = panels(1 + len(self.quantities), header=0.14 * -(-len(names) // 2) if len(names) > 1 else 0.0)

@@ -79,15 +79,7 @@ class EndsFigure(Figure):
         return [(f"{prefix}{value}", data.sel({self.axis: value})) for value in data[self.axis].values]
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
         figure, (panel,) = panels(1, height=0.5 + 0.25 * len(names))

@@ -81,15 +81,7 @@ class GridMapFigure(Figure):
         return {name: np.array(column) for name, column in columns.items()}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["panel"].tolist()))
         figure, axes = panels(len(names), height=2.4)

@@ -96,15 +96,7 @@ class MapFigure(Figure):
         }
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the map.
-
-        Args:
-            dataset: A run's results.
-            **variants: Not used.
-
-        Returns:
-            The figure.
-        """
+        """Draw the map; see `Figure.draw`."""
         grid = self._grid(dataset)
         handles, seen = self._handles(), set(np.unique(grid["status"].values))
         handles += [Patch(color=of, label=self._text(name)) for name, of in _STATUS.items() if name in seen]

@@ -88,18 +88,7 @@ class OscillationFigure(Figure):
         return {key: np.array(column) for key, column in found.items()}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants (not drawn).
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: As `table`.
-        """
+        """Draw the table; see `Figure.draw`."""
         del variants
         found = [(cell, _amplitudes(cell)) for cell in self._cells(dataset)]
         across = list(dict.fromkeys(cell.values.get(self.columns) for cell, _ in found))

@@ -93,18 +93,7 @@ class PlaneFigure(Figure):
         }
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the points or paths.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: As `table`.
-        """
+        """Draw the points or paths; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         of = self._kinds(table)
         kinds = list(dict.fromkeys(of))

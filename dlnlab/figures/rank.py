@@ -89,15 +89,7 @@ class RankFigure(Figure):
         return {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         errors = [name for name in self.errors if np.isfinite(table[name]).any()]
         lines = list(dict.fromkeys(table["line"].tolist()))

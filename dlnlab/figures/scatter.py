@@ -90,15 +90,7 @@ class ScatterFigure(Figure):
         return {name: flat[name].values for name in (*axes, self.x, *self.y)}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Not used.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         kinds = [""] if self.colour is None else dataset[self.colour].values.tolist()
         colour = dict(zip(kinds, colours(len(kinds)), strict=True))

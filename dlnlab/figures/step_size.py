@@ -128,18 +128,7 @@ class StepSizeFigure(Figure):
         return columns_of(rows)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: As `table`.
-        """
+        """Draw the table; see `Figure.draw`."""
         table, quantities = self.table(dataset, **variants), self._quantities(dataset)
         names = list(dict.fromkeys(table["line"].tolist()))
         colour = dict(zip(names, colours(len(names)), strict=True))

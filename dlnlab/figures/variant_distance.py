@@ -95,18 +95,7 @@ class VariantDistanceFigure(Figure):
         return {name: np.array(column) for name, column in zip(columns, zip(*rows, strict=True), strict=True)}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ValueError: As `table`.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
         figure, (panel,) = panels(1, height=2.3, header=0.14 * len(names))

@@ -71,15 +71,7 @@ class WaitingFigure(Figure):
         return {name: np.array(column) for name, column in columns.items()}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
-        """Draw the table.
-
-        Args:
-            dataset: A run's results.
-            **variants: Those of its variants.
-
-        Returns:
-            The figure.
-        """
+        """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names, ranks = list(dict.fromkeys(table["panel"].tolist())), sorted(set(table["rank"].tolist()), reverse=True)
         colour = dict(zip(ranks, colours(len(ranks)), strict=True))
