@@ -62,9 +62,9 @@ def eigenpairs(
     r"""The algebraically largest or smallest eigenpairs of a symmetric operator.
 
     Rayleigh-Ritz on a growing space: it holds the rows of `start` and a random guard, and grows by the residual of the
-    wanted pair that is furthest from done, which from a single row is the Lanczos method. Without a start it begins with the
-    gradient, where the operator is a loss's, and a part that is random. A full space is restarted from
-    its best Ritz vectors. Every member of an ensemble has a space of its own; all grow together.
+    wanted pair that is furthest from done, which from a single row is the Lanczos method. Without a start it begins with
+    the guard, and the gradient where the operator is a loss's. A full space is restarted from its best Ritz vectors. Every
+    member of an ensemble has a space of its own; all grow together.
 
     The guard is there because a residual bounds the distance to *some* eigenvalue: where two cross without mixing, a warm
     vector alone would follow the wrong one. So the last of the rows beyond the wanted ones has a part that is random, and
