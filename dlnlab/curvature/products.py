@@ -26,7 +26,10 @@ _BYTES = 2**30
 _WRONG = ("WeightNormInterfaceBackward0",)
 # Operations that have been differentiated twice without an error.
 _PASSED: set[str] = set()
-_TWICE = "{} cannot be differentiated twice: write it with other operations, or ask for method='finite_differences'"
+_TWICE = (
+    "{} cannot be differentiated twice: write it with other operations, or ask for finite differences "
+    "(method='finite_differences', of the Sharpness callback differences=True)"
+)
 
 
 def hessian(
