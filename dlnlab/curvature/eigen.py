@@ -176,9 +176,8 @@ class _Solver:
             )
         rows = normalize(rows[:, : self.most - 1].to(self.device, self.dtype).nan_to_num(0, 0, 0), dim=-1)
         guard = normalize(self._random(1), dim=-1)
-        gradient = getattr(self.operator, "gradient", None)
+        gradient = self.operator.gradient if isinstance(self.operator, Operator) else None
         if start is None and gradient is not None:
-            # During training it lies mostly among the largest eigenvectors.
             gradient = gradient.to(guard).reshape(self.members, 1, self.size).nan_to_num(0, 0, 0)
             guard = normalize(gradient, dim=-1) + _GUARD * guard
         if rows.shape[1] > self.needed:

@@ -25,6 +25,9 @@ class Operator:
     method = "exact"
     """How products are computed; `finite_differences` are approximate."""
 
+    gradient: Tensor | None = None
+    """Of the loss whose curvature it is, (n,) or (E, n): a good first vector, as it lies mostly where curvature is large."""
+
     def __init__(
         self,
         size: int,
@@ -101,6 +104,8 @@ class Preconditioned(Operator):
         super().__init__(size, *members, dtype=operator.dtype, device=operator.device)
         self.operator, self.scale, self.shift = operator, scale.to(operator.dtype), shift
         self.method, self.agree = operator.method, operator.agree
+        if operator.gradient is not None:
+            self.gradient = self.scale * operator.gradient
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """See `Operator.matvec`."""
