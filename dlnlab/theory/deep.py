@@ -18,6 +18,9 @@ def representation_cost(matrix: Tensor, depth: int) -> Tensor:
 
     .. math:: \min \{ |\theta|^2 : W_L \cdots W_1 = A \} = L \sum_i s_i(A)^{2/L}
 
+    Singular values that are rounding of the largest, below eps max(K, D) of it, count as zero, as for a rank: their
+    2/L-th powers would not be small.
+
     Args:
         matrix: A (..., K, D).
         depth: L, at least 1.
@@ -37,7 +40,9 @@ def representation_cost(matrix: Tensor, depth: int) -> Tensor:
     """
     if depth < 1:
         raise ValueError(f"depth = {depth}: must be at least 1")
-    return depth * (torch.linalg.svdvals(matrix) ** (2 / depth)).sum(-1)
+    s = torch.linalg.svdvals(matrix)
+    rounding = torch.finfo(s.dtype).eps * max(matrix.shape[-2:]) * s[..., :1]
+    return depth * (torch.where(s > rounding, s, 0) ** (2 / depth)).sum(-1)
 
 
 def layer_imbalance(weights: Sequence[Tensor]) -> list[Tensor]:

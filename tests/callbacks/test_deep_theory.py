@@ -39,6 +39,12 @@ def test_the_laws_hold_in_every_run_to_rounding(measured, options):
     assert 0 < float(single["square_norm_error"].max()) < 1e-6  # eps is 1.2e-7
 
 
+def test_dead_singular_values_cost_nothing(measured):
+    found = measured(Ensemble(seed=2), init="spectral", init_rank=1).isel(step=0)
+    assert float(found["representation_error"].max()) < 1e-14  # their rounding, 1e-16, to the power 2/3 is 2e-11
+    torch.testing.assert_close(torch.from_numpy(found["norm_over_least"].values), torch.ones(2).double())
+
+
 def test_a_wrong_law_is_seen(measured, monkeypatch):
     from dlnlab import theory
 
