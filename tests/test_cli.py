@@ -21,17 +21,11 @@ CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs"
 SMALL = ["--trainer.max_steps", "30", "--ensemble.seed", "2"]
 
 
-def command_line(*arguments, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "dlnlab", *arguments], cwd=cwd, env=environment, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
-
-
-def run_directory(finished, cwd):
-    assert finished.returncode == 0, finished.stderr
-    last = finished.stdout.splitlines()[-1]
+def run_directory(printed):
+    """What a fit in this folder has said last."""
+    last = printed.splitlines()[-1]
     assert last.startswith("run: lightning_logs/")
-    return cwd / last.removeprefix("run: ")
+    return Path(last.removeprefix("run: "))
 
 
 def run_small(config, tmp_path, monkeypatch, capsys):
@@ -88,17 +82,20 @@ def test_the_gallery_is_what_the_configs_say_with_a_picture_of_each():
             assert 1000 < gallery.picture_of(name).stat().st_size < 200_000, name
 
 
-def test_every_command_of_the_readme_runs(tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     commands = [line.split("&&")[-1].strip() for block in blocks for line in block.splitlines()]
     ours = [shlex.split(line)[3:] for line in commands if line.startswith("python -m dlnlab")]
     assert len(ours) == 3
     for arguments in ours:
-        small = [] if "--print_config" in arguments else SMALL
-        finished = command_line(*arguments, *small, cwd=tmp_path)
-        assert finished.returncode == 0, finished.stderr
-        assert finished.stderr == ""
+        if "--print_config" in arguments:
+            with pytest.raises(SystemExit, match="0"):
+                main(arguments)
+        else:
+            assert main([*arguments, *SMALL]) == 0
+        assert capsys.readouterr().err == ""
 
 
 def test_later_configs_replace_the_ensemble_and_values_on_the_command_line_win_wherever_they_stand(
@@ -136,26 +133,30 @@ def test_help_is_at_hand_without_torch():
     assert "fit" in finished.stdout
 
 
-def test_an_unknown_command_lists_the_known_ones(tmp_path):
-    finished = command_line("train", cwd=tmp_path)
+def test_an_unknown_command_lists_the_known_ones_in_a_process_of_its_own(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dlnlab", "train"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 2
     assert "fit" in finished.stderr
 
 
-def test_validate_and_test_give_the_losses_of_a_checkpoint(tmp_path):
+def test_validate_and_test_give_the_losses_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     config, small = str(ROOT / "configs" / "quickstart.yaml"), [*SMALL, "--ensemble.lr", "[0.05, 0.1]"]
-    run = run_directory(command_line("fit", "--config", config, *small, cwd=tmp_path), tmp_path)
+    assert main(["fit", "--config", config, *small]) == 0
+    run = run_directory(capsys.readouterr().out)
     losses = dlnlab.load_results(run).isel(step=-1)
     for command, variable in (("validate", losses.train_loss), ("test", losses.test_loss)):
         checkpoint = str(run / "checkpoints" / "last.ckpt")
-        shown = command_line(command, "--config", config, *small, "--ckpt_path", checkpoint, cwd=tmp_path)
-        assert shown.returncode == 0, shown.stderr
-        largest = float(re.search(r"loss/\w+/max\W+([\d.]+(?:e[+-]\d+)?)", shown.stdout)[1])
+        assert main([command, "--config", config, *small, "--ckpt_path", checkpoint]) == 0
+        largest = float(re.search(r"loss/\w+/max\W+([\d.]+(?:e[+-]\d+)?)", capsys.readouterr().out)[1])
         assert largest == pytest.approx(float(variable.max()), rel=1e-5)  # what the table prints
 
 
-def test_a_plain_lightning_module_of_ones_own_is_run_and_recorded(tmp_path):
-    (tmp_path / "mine.py").write_text(
+def test_a_plain_lightning_module_of_ones_own_is_run_and_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_line.py").write_text(
         """
 import torch
 from lightning.pytorch import LightningModule
@@ -176,11 +177,12 @@ class Line(LightningModule):
 """
     )
     data = ["--data", "SparseRegression", "--data.dim", "4", "--data.sparsity", "2"]
-    arguments = ["fit", "--model", "mine.Line", *data, "--trainer.max_steps", "40", "--record.every_n_steps", "10"]
-    run = run_directory(command_line(*arguments, cwd=tmp_path), tmp_path)
-    results = dlnlab.load_results(run)
+    arguments = ["fit", "--model", "my_line.Line", *data, "--trainer.max_steps", "40", "--record.every_n_steps", "10"]
+    assert main(arguments) == 0
+    results = dlnlab.load_results(run_directory(capsys.readouterr().out))
     assert dict(results.sizes) == {"step": 4}
     assert results.step.values.tolist() == [0, 10, 20, 30]
     assert bool((results.train_loss.diff("step") < 0).all())
-    again = dlnlab.load_results(run_directory(command_line(*arguments, cwd=tmp_path), tmp_path))
+    assert main(arguments) == 0
+    again = dlnlab.load_results(run_directory(capsys.readouterr().out))
     assert results.equals(again)  # the root seed also seeds torch's own initialisation

@@ -68,6 +68,9 @@ def critical_sharpness(
             break
         eta = torch.where(bracketed, torch.sqrt(low * high), torch.where(high.isfinite(), high / 2, 2 * low))
     step = torch.where(high.isfinite(), torch.sqrt(low * high), torch.inf)
+    if bool((lowered <= 0).any()):  # not even at eta_c, where it is the same again?
+        lowered = torch.fmax(lowered, here - loss(torch.where(step.isfinite(), step / 2, 0.0)))
+        evaluations += 1
     # Steps so small that the loss is the same to rounding lower nothing.
     uphill = high.isfinite() & (lowered <= 4 * torch.finfo(here.dtype).eps * here.abs())
     step = torch.where(uphill, 0.0, step)

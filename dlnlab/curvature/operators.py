@@ -26,7 +26,7 @@ class Operator:
     """How products are computed; `finite_differences` are approximate."""
 
     gradient: Tensor | None = None
-    """Of the loss whose curvature it is, (n,) or (E, n): a good first vector, as it lies mostly where curvature is large."""
+    """Of the loss whose curvature it is, (n,) or (E, n): a good first vector, for it lies mostly where that is large."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from test_cpu_deep import MEAN, Setting
 from dlnlab.kernels import cuda
 from dlnlab.kernels.diagonal import Guard, Records
 
+FILES = ["test_cuda", "test_cuda_shallow", "test_cuda_deep"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -21,12 +22,11 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize(
     "names, chosen",
     [
-        (["test_cuda"], "rows_are_those or guard_freezes or floor or schedules-40"),
-        pytest.param(["test_cuda"], "", marks=pytest.mark.slow),
-        (["test_cuda_shallow", "test_cuda_deep"], "guard or single or schedules or company and not slow"),
-        pytest.param(["test_cuda_shallow", "test_cuda_deep"], "", marks=pytest.mark.slow),
+        (FILES, "rows_are_those or guard_freezes or floor or schedules-40 or deep and schedules or shallow and guard"),
+        pytest.param(FILES[:1], "", marks=pytest.mark.slow),
+        pytest.param(FILES[1:], "", marks=pytest.mark.slow),
     ],
-    ids=["rows, guard, floor and schedules", "all", "guard, chunks and schedules", "all of shallow and deep"],
+    ids=["some", "all", "all of shallow and deep"],
 )
 def test_the_tests_of_the_kernels_pass_in_tritons_interpreter(names, chosen):
     # In a process of its own: triton reads the variable when it is imported.
