@@ -44,7 +44,7 @@ def of(network, generic=False, optimizer=None, schedules=SCHEDULES, **kwargs):
     kappa = 0.0 if network is ShallowLinearNetwork else KAPPA
     optimizer = optimizer or partial(GainSGD, lr=LR, weight_decay=kappa)
     if generic:  # a network with losses of its own is differentiated
-        network = type(network.__name__, (network,), {"losses": partialmethod(network.losses)})
+        network = type(f"Generic{network.__name__}", (network,), {"losses": partialmethod(network.losses)})
     return network(optimizer=optimizer, schedules=schedules, **kwargs)
 
 
