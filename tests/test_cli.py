@@ -18,6 +18,25 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gallery  # noqa: E402
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+def names_a_new_class(configs):
+    """Those that name a class which none before them names."""
+    seen, found = set(), []
+    for config in configs:
+        text = re.sub(r"(?m)^#.*", "", (ROOT / config).read_text())
+        classes = set(re.findall(r"class_path: ([\w.]+)", text))
+        if not classes <= seen:
+            found.append(config)
+        seen |= classes
+    return found
+
+
+def often(configs):
+    """All configs, those that are not among some marked as slow."""
+    return [config if config in configs else pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS]
+
+
 SMALL = ["--trainer.max_steps", "30", "--ensemble.seed", "2"]
 
 
@@ -42,7 +61,7 @@ def run_small(config, tmp_path, monkeypatch, capsys):
     return [run, *(run / "variants" / name for name in content.get("variants", {}))]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", often(["configs/quickstart.yaml", *names_a_new_class(CONFIGS)]))
 def test_every_config_runs_and_draws_its_figures(config, tmp_path, monkeypatch, capsys):
     folders = run_small(config, tmp_path, monkeypatch, capsys)
     assert folders[0] == tmp_path / "lightning_logs" / Path(config).stem / "version_0"
@@ -53,13 +72,8 @@ def test_every_config_runs_and_draws_its_figures(config, tmp_path, monkeypatch, 
     assert {path.suffix for path in (folders[0] / "figures").iterdir()} == {".png", ".pdf", ".csv"}
 
 
-OFTEN = ("configs/quickstart.yaml", "configs/cohen2021/transformer.yaml", "configs/pesme2021/sgd_vs_gf.yaml")
-"""A single run, a plain module, and variants."""
-
-
-@pytest.mark.parametrize(
-    "config", [config if config in OFTEN else pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS]
-)
+# A single run, and variants.
+@pytest.mark.parametrize("config", often(["configs/quickstart.yaml", "configs/pesme2021/sgd_vs_gf.yaml"]))
 def test_every_config_can_be_run_again_from_its_own_record(config, tmp_path, monkeypatch, capsys):
     run, *variants = run_small(config, tmp_path, monkeypatch, capsys)
     assert main(["fit", "--config", str(run / "config.yaml")]) == 0

@@ -128,6 +128,9 @@ class Figure:
             The three paths.
         """
         figure = self.draw(dataset, **variants)
+        # One layout for both files: it takes as long as drawing, and would be found anew, twice for each.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         contents = {f".{kind}": _render(figure, kind) for kind in _METADATA}
         contents[".csv"] = _csv(self.table(dataset, **variants))
         directory = Path(directory)

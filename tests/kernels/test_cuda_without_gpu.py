@@ -22,7 +22,10 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize(
     "names, chosen",
     [
-        (FILES, "rows_are_those or guard_freezes or floor or schedules-40 or deep and schedules or shallow and guard"),
+        (
+            FILES,
+            "rows_are_those or guard_freezes or schedules-40 or deep and schedules and strong or shallow and guard",
+        ),
         pytest.param(FILES[:1], "", marks=pytest.mark.slow),
         pytest.param(FILES[1:], "", marks=pytest.mark.slow),
     ],

@@ -218,10 +218,6 @@ def test_the_gain_of_a_long_run_is_that_of_extended_precision(form):
     check_long_run(5000, form, 200)
 
 
-def test_the_gain_of_a_hundred_thousand_steps_is_that_of_extended_precision():
-    check_long_run(100_000, "kernel", 4000)
-
-
 @pytest.mark.slow
 def test_the_gain_of_a_million_steps_is_that_of_extended_precision():
     check_long_run(1_000_000, "kernel", 40_000)
