@@ -86,6 +86,7 @@ def test_a_run_that_was_killed_while_it_wrote_goes_on_as_if_it_had_not_been(tmp_
     none_failed(study.killed_while_writing(tmp_path, stride=79), 4)
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_a_run_leads_to_the_same_end(tmp_path):
     none_failed(study.resumed_from_every_checkpoint(tmp_path), 14)
 
