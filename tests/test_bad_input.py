@@ -873,7 +873,7 @@ def assert_runs_or_is_refused(changes):
             sys.modules.pop("mine", None)
 
 
-@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(CHANGES)
 def test_any_config_runs_or_is_refused(changes):
     assert_runs_or_is_refused(changes)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import dlnlab
+from dlnlab import data, figures, models
 from dlnlab.cli import main
 from dlnlab.schedule import expand
 
@@ -17,18 +18,19 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gallery  # noqa: E402
 
+KINDS = {*figures.__all__, *models.__all__, *data.__all__}
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 
 
-def names_a_new_class(configs):
-    """Those that name a class which none before them names."""
+def names_a_new_kind(configs):
+    """Those that name a figure, a network or a data set which none before them names."""
     seen, found = set(), []
     for config in configs:
         text = re.sub(r"(?m)^#.*", "", (ROOT / config).read_text())
-        classes = set(re.findall(r"class_path: ([\w.]+)", text))
-        if not classes <= seen:
+        kinds = {name for name in re.findall(r"class_path: ([\w.]+)", text) if name in KINDS or "." in name}
+        if not kinds <= seen:
             found.append(config)
-        seen |= classes
+        seen |= kinds
     return found
 
 
@@ -61,7 +63,7 @@ def run_small(config, tmp_path, monkeypatch, capsys):
     return [run, *(run / "variants" / name for name in content.get("variants", {}))]
 
 
-@pytest.mark.parametrize("config", often(["configs/quickstart.yaml", *names_a_new_class(CONFIGS)]))
+@pytest.mark.parametrize("config", often(["configs/quickstart.yaml", *names_a_new_kind(CONFIGS)]))
 def test_every_config_runs_and_draws_its_figures(config, tmp_path, monkeypatch, capsys):
     folders = run_small(config, tmp_path, monkeypatch, capsys)
     assert folders[0] == tmp_path / "lightning_logs" / Path(config).stem / "version_0"

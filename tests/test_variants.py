@@ -326,6 +326,7 @@ def test_a_study_that_is_extended_is_the_longer_study(reference, tmp_path):
 
 
 @needs_fork
+@pytest.mark.slow
 def test_a_variant_does_not_go_on_from_what_its_source_was_before_the_study_was_extended(tmp_path):
     def study(steps):
         variants = {name: {**VARIANTS[name], "trainer": {"max_steps": 20}} for name in ("slow", "last")}
@@ -344,6 +345,7 @@ def test_a_variant_does_not_go_on_from_what_its_source_was_before_the_study_was_
 
 
 @needs_fork
+@pytest.mark.slow
 def test_a_resume_of_a_changed_study_is_refused_and_new_variants_run(program, reference, tmp_path, fit):
     shutil.copytree(reference / RUN, tmp_path / RUN)
 

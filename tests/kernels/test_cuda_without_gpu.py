@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
     [
         (
             FILES,
-            "rows_are_those or guard_freezes or schedules-40 or deep and schedules and strong or shallow and guard",
+            "epochs and rows_are or guard_freezes or schedules-40 or deep and schedules and strong or shallow and guard",
         ),
         pytest.param(FILES[:1], "", marks=pytest.mark.slow),
         pytest.param(FILES[1:], "", marks=pytest.mark.slow),
