@@ -2,7 +2,10 @@
 
 import logging
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session):
+    if len(session.items) > 1000:  # the suite, and not somebody's few tests
+        script = Path(__file__).with_name("compile_kernels.py")
+        environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+        session.compiling = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session, "compiling"):
+        session.compiling.kill()
+        session.compiling.wait()
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
