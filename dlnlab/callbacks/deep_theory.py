@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import matrix_norm
 
 from dlnlab import theory
 from dlnlab.callbacks.base import Measurement
@@ -58,8 +59,8 @@ class DeepTheory(Measurement):
         law = theory.next_layer_imbalance(weights, gradients, lr, kappa)
         errors, sizes = [], []
         for found, expected, w in zip(theory.layer_imbalance(after), law, after[1:], strict=True):
-            errors.append(_norm(found - expected))
-            sizes.append(_norm(w.mT @ w))
+            errors.append(matrix_norm(found - expected))
+            sizes.append(matrix_norm(w.mT @ w))
         norm, norm_after = (sum(w.square().sum((-1, -2)) for w in each) for each in (weights, after))
         pull = (gradients[0] * weights[0]).sum((-1, -2))
         norm_law = theory.next_square_norm(weights, gradients, pull, lr, kappa)
@@ -69,7 +70,7 @@ class DeepTheory(Measurement):
             "layer_imbalance_error": _ratio(torch.stack(errors).amax(0), torch.stack(sizes).amax(0)),
             "square_norm_error": _ratio((norm_after - norm_law).abs(), norm + norm_after),
             "representation_error": _ratio((least - norm).clamp(min=0), norm),
-            "layer_imbalance": torch.stack([_norm(d) for d in now]).amax(0),
+            "layer_imbalance": torch.stack([matrix_norm(d) for d in now]).amax(0),
             "norm_over_least": _ratio(norm, least),
             "norm_over_absorbing": _ratio(norm, self._absorbing(model, kappa)),
         }
@@ -91,10 +92,6 @@ class DeepTheory(Measurement):
         if model.reduction == "sum":
             scale = scale * model.scheduled_batch_size.to(kappa)
         return theory.absorbing_norm(kappa, largest, model.depth, scale)
-
-
-def _norm(matrices: Tensor) -> Tensor:
-    return matrices.square().sum((-1, -2)).sqrt()
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels
+from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, last, log_axis, panels
 
 
 class EndsFigure(Figure):
@@ -58,13 +58,13 @@ class EndsFigure(Figure):
         for name, data in {"main": dataset, **variants}.items():
             if name not in self.leave_out and self.quantity in data:
                 for line, rows in self._rows(name, data):
-                    ends = _last(rows[self.quantity])
-                    found[line] = np.where(_last(rows["status"]) == "diverged", np.nan, ends).ravel()
+                    ends = last(rows[self.quantity]).values
+                    found[line] = np.where(last(rows["status"]) == "diverged", np.nan, ends).ravel()
         for data in (dataset, *variants.values()):
             data = data.isel({self.axis: 0}) if self.axis in data.dims else data  # a baseline is of the problem
             for name in map(str, data.data_vars):
                 if name.startswith(f"{self.quantity}_") and name not in found:
-                    found[name.removeprefix(f"{self.quantity}_")] = _last(data[name]).ravel()
+                    found[name.removeprefix(f"{self.quantity}_")] = last(data[name]).values.ravel()
         for name, ends in found.items():
             columns["line"] += [name] * len(ends)
             columns["member"] += range(len(ends))
@@ -101,13 +101,3 @@ class EndsFigure(Figure):
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_xlabel(self.quantity.replace("_", " "))
         return figure
-
-
-def _last(array: xr.DataArray) -> np.ndarray:
-    """The values at the last step at which there are any, (members,)."""
-    if "step" not in array.dims:
-        return array.values
-    array = array.transpose("step", ...)
-    there = array != "" if array.dtype.kind in "OU" else array.notnull()
-    steps = np.flatnonzero(there.values.reshape(len(there), -1).any(1))
-    return array.isel(step=int(steps[-1])).values

@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from dlnlab.figures.base import FONT_SIZE, SMALL_FONT_SIZE, Canvas, Figure, panels
+from dlnlab.figures.base import FONT_SIZE, SMALL_FONT_SIZE, Canvas, Figure, last, panels
 
 
 class GridMapFigure(Figure):
@@ -66,13 +66,9 @@ class GridMapFigure(Figure):
         for name, data in {"main": dataset, **variants}.items():
             if name in self.leave_out or not {self.x, self.y} <= set(data.dims) or self.quantity not in data:
                 continue
-            steps = np.flatnonzero(
-                data[self.quantity].notnull().any([d for d in data[self.quantity].dims if d != "step"])
-            )
-            now = data.isel(step=int(steps[-1]))
-            rest = [dim for dim in now["status"].dims if dim not in (self.x, self.y)]
-            lost = now["status"] == "diverged"
-            mean = now[self.quantity].where(~lost).mean(rest).transpose(self.y, self.x).values
+            now, lost = last(data[self.quantity]), last(data["status"]) == "diverged"
+            rest = [dim for dim in lost.dims if dim not in (self.x, self.y)]
+            mean = now.where(~lost).mean(rest).transpose(self.y, self.x).values
             share = lost.mean(rest).transpose(self.y, self.x).values
             ys, xs = np.meshgrid(data[self.y].values, data[self.x].values, indexing="ij")
             for key, value in {self.x: xs, self.y: ys, self.quantity: mean, "diverged": share}.items():
