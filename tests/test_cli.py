@@ -11,12 +11,12 @@ import yaml
 import dlnlab
 from dlnlab import data, figures, models
 from dlnlab.cli import main
-from dlnlab.schedule import expand
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gallery  # noqa: E402
+import golden  # noqa: E402
 
 KINDS = {*figures.__all__, *models.__all__, *data.__all__}
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -53,14 +53,9 @@ def run_small(config, tmp_path, monkeypatch, capsys):
     """A config's run with few steps, seeds and values of each axis: its directory, and those of its variants."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)  # its examples: plain modules that some configs train
-    content = yaml.safe_load((ROOT / config).read_text())
-    small = SMALL if "ensemble" in content else SMALL[:2]
-    for axis, values in content.get("ensemble", {}).items():
-        if axis != "seed" and len(found := expand(values, axis)) > 3:
-            small = [*small, f"--ensemble.{axis}", str([found[0], found[-1]])]
-    assert main(["fit", "--config", str(ROOT / config), *small]) == 0
+    assert main(golden.reduced(config.removeprefix("configs/").removesuffix(".yaml"))) == 0
     run = tmp_path / capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
-    return [run, *(run / "variants" / name for name in content.get("variants", {}))]
+    return [run, *(run / "variants" / name for name in yaml.safe_load((ROOT / config).read_text()).get("variants", {}))]
 
 
 @pytest.mark.parametrize("config", often(["configs/quickstart.yaml", *names_a_new_kind(CONFIGS)]))
