@@ -307,6 +307,7 @@ class Run(LightningCLI):
         """Let a fit that begins at step 0 start from another run's parameters, or from its own."""
         self.resolved["init_from"] = None if start is None else start.source
         self._describe(None if start is None else start.provenance)
+        self.recorder.source_axes = {} if start is None else start.axes
         if start is not None:
             start.apply(self.model)
 
@@ -320,6 +321,7 @@ class Run(LightningCLI):
             )
         self.resolved["init_from"] = recorded
         self._describe(checkpoint.get("dlnlab_init_from"))
+        self.recorder.source_axes = checkpoint.get("dlnlab_source_axes") or {}
 
     def _compare(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another config, before anything of it is used."""
@@ -341,6 +343,8 @@ class Run(LightningCLI):
                     + ("; a resume must not change it (start a new run instead)" if fitting else "")
                 )
         if isinstance(self.model, LinearNetwork):
+            if fitting:
+                self.model.refuse_old_checkpoint(checkpoint)
             try:
                 self.model.load_state_dict(checkpoint["state_dict"])
             except RuntimeError as error:
@@ -474,7 +478,10 @@ class Run(LightningCLI):
     @property
     def end(self) -> str | None:
         """How a fit's members have ended."""
-        return f"members: {MemberGuard.summary(self.model)}" if isinstance(self.model, LinearNetwork) else None
+        if not isinstance(self.model, LinearNetwork):
+            return None
+        causes = MemberGuard.causes(self.model)
+        return f"members: {MemberGuard.summary(self.model)}" + (f" ({causes})" if causes else "")
 
     @property
     def slow(self) -> str | None:

@@ -20,7 +20,7 @@ from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.event_files import EventFile
 from dlnlab.models import LinearNetwork
-from dlnlab.models.base import INVARIANTS, SCHEDULED
+from dlnlab.models.base import CAUSES, INVARIANTS, SCHEDULED
 from dlnlab.optim import GradientFlow
 from dlnlab.schedule import Schedule
 
@@ -148,6 +148,8 @@ class Recorder(Callback):
         """The run directory; None keeps everything in memory (`dataset`)."""
         self.attributes: dict[str, Any] = {}
         """What the data set says about the run: config, versions, ...."""
+        self.source_axes: dict[str, list[Any]] = {}
+        """Axes of the run this one has started from, one value per member."""
         self._pending: dict[str, tuple[list[int], list[Tensor]]] = {}
         self._final: dict[str, tuple[list[int], list[Tensor]]] = {}
         self._finished = False
@@ -165,6 +167,7 @@ class Recorder(Callback):
         self._members = np.zeros((0, 0), dtype=int)  # (cells, seeds)
         self._schedules: dict[str, Schedule] = {}  # of variables that do not follow the recorder's
         self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
+        self._shown_until = np.inf  # it is shown no moment from this step on: they may be recorded again
         self._invariants: tuple[str, ...] = ()
         self._violated: set[str] = set()
         self.names: tuple[str, ...] = ()
@@ -273,7 +276,13 @@ class Recorder(Callback):
         self._finished = True
         step = trainer.global_step
         if isinstance(module, LinearNetwork):
-            due = [name for name in self._variable_names() if self._last_recorded.get(name, -1) < step]
+            module.end(step)
+            changed = (
+                module.has_provisional_ends
+            )  # what was recorded at this step is what a fit that goes on starts from
+            if changed:
+                self._shown_until = min(self._shown_until, step)
+            due = [name for name in self._variable_names() if changed or self._last_recorded.get(name, -1) < step]
             if due:
                 self.record(step, module.measure(due), final=True)
 
@@ -341,6 +350,7 @@ class Recorder(Callback):
         if isinstance(self._module, LinearNetwork):
             constants = {
                 "stopped_at": _to_numpy(self._module.stopped_at),
+                "diverged_by": np.array([CAUSES[code] for code in self._module.diverged_by.tolist()]),
                 "step_size": _to_numpy(self._module.step_size),
             }
         if self.directory is None:
@@ -382,6 +392,11 @@ class Recorder(Callback):
             numbers = [rows if size == "full" else size for size in axes["batch_size"]]
             coordinates["batch_size_number"] = ("batch_size", numbers)
             axes["batch_size"] = [str(size) for size in axes["batch_size"]]
+        coordinates |= {
+            f"source_{name}": _along_axes(self.ensemble, values)
+            for name, values in self.source_axes.items()
+            if name not in self.ensemble.axes or self.ensemble.values(name) != values
+        }
         attributes = dict(self.attributes)
         if isinstance(self._module, LinearNetwork):
             attributes |= {"path": self._module.path, "lr_unit": self._module.lr_unit}
@@ -403,6 +418,7 @@ class Recorder(Callback):
     def _open_event_files(self, trainer: Trainer) -> None:
         """One file for each cell and one, the page, for what belongs to all; a resume cuts back and goes on."""
         self._end = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        self._shown_until = self._end
         axes = {name: values for name, values in self._header()[0].items() if name != "seed"}
         cell_of_member, cells = self.ensemble.group(tuple(axes))
         names = [",".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in cell.items()) or "members"
@@ -445,18 +461,24 @@ class Recorder(Callback):
         )
 
     def _thin(self, series: dict[str, tuple[list[int], np.ndarray]]) -> dict[str, tuple[list[int], np.ndarray]]:
-        """What TensorBoard shows of it; the last moment that it does not is kept, because the fit may end there."""
+        """Choose the moments that TensorBoard shows now.
+
+        The last one is kept back where it is not among them, or where the fit may end: it is then recorded again, and
+        shown as recorded last.
+        """
         found = {}
         for name, (steps, values) in series.items():
             if _is_curve(name, values):
+                if name in self._unshown and (held := self._unshown.pop(name))[0] < steps[0]:
+                    steps, values = [held[0], *steps], np.concatenate((held[1][None], values))
                 schedules = (self.schedule, self._schedules.get(name, self.schedule))
                 thinned = [schedule.thinned(_MOST_POINTS, self._end) for schedule in schedules]
                 shown = {0}.union(*(schedule.between(steps[0] - 1, steps[-1]) for schedule in thinned))
                 undefined = np.isnan(values).all(1)  # not yet, as a ratio of two zeros at step 0
-                chosen = [i for i, step in enumerate(steps) if step in shown and not undefined[i]]
+                now = shown - set(steps[-1:] if steps[-1] >= self._shown_until else ())
+                chosen = [i for i, step in enumerate(steps) if step in now and not undefined[i]]
                 found[name] = [steps[i] for i in chosen], values[chosen]
-                self._unshown.pop(name, None)
-                if steps[-1] not in shown:
+                if steps[-1] not in now and not undefined[-1]:
                     self._unshown[name] = steps[-1], values[-1].copy()
         return found
 
@@ -464,8 +486,11 @@ class Recorder(Callback):
         """One event for each cell and moment, with all that was measured then."""
         curves: dict[str, np.ndarray] = {}  # tag -> (T, cells)
         moments: defaultdict[int, dict[str, int]] = defaultdict(dict)  # step -> {tag: place among its T}
+        before = (
+            _to_numpy(self._module.diverged_before) if isinstance(self._module, LinearNetwork) else np.zeros(1, bool)
+        )
         for name, (steps, values) in series.items():
-            for tag, numbers in _summarise(name, values[:, self._members]).items():
+            for tag, numbers in _summarise(name, values[:, self._members], before[self._members]).items():
                 curves[tag] = numbers
                 for place, step in enumerate(steps):
                     moments[step][tag] = place
@@ -504,6 +529,7 @@ class Recorder(Callback):
         del trainer, pl_module
         checkpoint["dlnlab_config"] = self.config
         checkpoint["dlnlab_init_from"] = self.attributes.get("init_from")
+        checkpoint["dlnlab_source_axes"] = self.source_axes
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
@@ -511,6 +537,30 @@ class Recorder(Callback):
         self._num_segments, self._chain = state_dict["segments"], state_dict["chain"]
         self._last_recorded = dict(state_dict["last_recorded"])
         self._unshown = {name: (step, value.numpy()) for name, (step, value) in state_dict["unshown"].items()}
+
+
+def _quantiles(values: np.ndarray, levels: list[float]) -> np.ndarray:
+    """Quantiles (Q, ...) over the last axis of numbers that may be infinite."""
+    numbers = np.quantile(values, levels, axis=-1)
+    if np.isnan(numbers).any():  # between a finite number and infinity there is nothing to interpolate
+        numbers = np.where(np.isnan(numbers), np.quantile(values, levels, axis=-1, method="higher"), numbers)
+    return numbers
+
+
+def _along_axes(ensemble: Ensemble, values: list[Any]) -> tuple[list[str], Any]:
+    """One value per member as a coordinate: the axes that it varies along, and its values over them, nested."""
+    numbers = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    grid = np.array([numbers[value] for value in values]).reshape(ensemble.shape)
+    axes = []
+    for place, name in enumerate(ensemble.axes):
+        first = grid.take([0], axis=place)
+        if (grid == first).all():
+            grid = first
+        else:
+            axes.append(name)
+    texts = any(isinstance(value, str) for value in values)
+    table = np.array([str(value) if texts else value for value in numbers])
+    return axes, table[grid.reshape([len(ensemble.axes[name]) for name in axes])].tolist()
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
@@ -525,21 +575,21 @@ def _is_curve(name: str, values: np.ndarray) -> bool:
     return name not in _UNTAGGED and values.ndim == 2
 
 
-def _summarise(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+def _summarise(name: str, values: np.ndarray, left_out: np.ndarray) -> dict[str, np.ndarray]:
     """The curves (T, cells) of a variable (T, cells, seeds) by their tags.
 
     They are its median over seeds, and 10 % and 90 % where there is more than one; NaN counts as infinite. Of `status`
-    they are how many members have each.
+    they are how many members have each. Members that had diverged before the run (cells, seeds) count for `status` alone.
     """
     if name == "status":
         return {f"members/{status}": (values == code).sum(-1) for code, status in enumerate(results.STATUSES)}
     values = np.where(np.isnan(values), np.inf, values.astype(np.float64))
     levels = {"": 0.5, "/p10": 0.1, "/p90": 0.9} if values.shape[-1] > 1 else {"": 0.5}
     with np.errstate(divide="ignore", invalid="ignore"):
-        numbers = np.quantile(values, list(levels.values()), axis=-1)
-        if np.isnan(numbers).any():  # between a finite number and infinity there is nothing to interpolate
-            higher = np.quantile(values, list(levels.values()), axis=-1, method="higher")
-            numbers = np.where(np.isnan(numbers), higher, numbers)
+        numbers = _quantiles(values, list(levels.values()))
+        for cell in np.flatnonzero(left_out.any(1)):
+            rest = values[:, cell, ~left_out[cell]]
+            numbers[:, :, cell] = _quantiles(rest, list(levels.values())) if rest.shape[1] else np.inf
         found = {_tag(name) + suffix: each for suffix, each in zip(levels, numbers, strict=True)}
         if name in _UNDERFLOW:
             found |= {

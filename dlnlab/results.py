@@ -38,7 +38,8 @@ UNITS = {
     "scheduled_lr": "step size of the next step",
     "scheduled_weight_decay": "weight decay of the next step",
     "scheduled_batch_size": "rows, or entries, of the next step",
-    "stopped_at": "optimizer steps; -1 where the member still runs",
+    "stopped_at": "optimizer steps of the run in which the member stopped; -1 where it still runs",
+    "diverged_by": "loss, not finite or source: why the member has diverged",
 }
 
 
@@ -47,7 +48,7 @@ class ResultError(ValueError):
 
 
 def write_header(folder: Path, axes: dict[str, list[Any]], coordinates: dict[str, Any], attributes: dict) -> None:
-    """Start a results folder: the ensemble's axes, further coordinates {name: (axis, values)} and attributes."""
+    """Start a results folder: the ensemble's axes, further coordinates {name: (axis or axes, values)} and attributes."""
     header = {"axes": axes, "coordinates": coordinates, "attributes": attributes}
     write_atomic(folder / HEADER, json.dumps({**header, "sha256": _digest_of(header)}, indent=1).encode())
 
@@ -164,7 +165,9 @@ def load_results(run: str | Path) -> xr.Dataset:
     Returns:
         Variables over the ensemble's axes in the order written (an axis of length 1 is kept), then `step`, then
         `coordinate` (`index` for spectra, `row` and `column` for matrices), float64. `step` is the union of all
-        schedules: NaN where a variable was not recorded. `status` is text; `stopped_at` and `step_size` have no step.
+        schedules: NaN where a variable was not recorded. `status` and `diverged_by` are text; `stopped_at`,
+        `diverged_by` and `step_size` have no step.
+        A run that started from another one has that one's axes as coordinates, `source_lr`, where they differ.
         `encoding["source"]` is the run directory.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dlnlab.checkpoint import CheckpointError, read_checkpoint
+from dlnlab.ensemble import Ensemble
 from dlnlab.models import LinearNetwork
 
 
@@ -23,12 +24,14 @@ class Start:
         step: The optimizer step of the source.
         state: The source's parameters and buffers by name.
         config_sha256: Checksum of the source's resolved config.
+        axes: Its ensemble's axes, and those of the runs it has started from in turn, one value per member.
     """
 
     run: str
     step: int
     state: dict[str, Tensor]
     config_sha256: str
+    axes: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, source: str) -> "Start":
@@ -53,10 +56,20 @@ class Start:
             checkpoint = read_checkpoint(path)
         except CheckpointError as error:
             raise CheckpointError(f"init_from = {source}: {error}") from None
-        return cls(run, checkpoint["global_step"], checkpoint["state_dict"], _sha256(checkpoint.get("dlnlab_config")))
+        config = checkpoint.get("dlnlab_config")
+        ensemble = Ensemble(**((config or {}).get("ensemble") or {}))
+        axes = (checkpoint.get("dlnlab_source_axes") or {}) | _axes_of(ensemble)
+        return cls(run, checkpoint["global_step"], checkpoint["state_dict"], _sha256(config), axes)
 
     @classmethod
-    def at(cls, run: str, step: int, module: LightningModule, config: dict[str, Any] | None) -> "Start":
+    def at(
+        cls,
+        run: str,
+        step: int,
+        module: LightningModule,
+        config: dict[str, Any] | None,
+        source_axes: dict[str, list[Any]],
+    ) -> "Start":
         """Where a run in this process stands, as its checkpoint would say.
 
         Args:
@@ -64,8 +77,10 @@ class Start:
             step: Its optimizer step.
             module: Its module.
             config: Its resolved config.
+            source_axes: The axes of the run that it has started from itself.
         """
-        return cls(run, step, module.state_dict(), _sha256(config))
+        axes = source_axes | (_axes_of(module.ensemble) if isinstance(module, LinearNetwork) else {})
+        return cls(run, step, module.state_dict(), _sha256(config), axes)
 
     @property
     def source(self) -> str:
@@ -108,14 +123,20 @@ class Start:
 
     @torch.no_grad()
     def apply(self, module: LightningModule) -> None:
-        """Give a module that `check` has let pass the source's parameters; all else begins anew."""
+        """Give a module that `check` has let pass the source's parameters; all but what had diverged begins anew."""
         parameters = {name: self.state[name] for name, _ in module.named_parameters()}
         if isinstance(module, LinearNetwork):
             module.start_from(parameters)
             module.restart()
+            if "status" in self.state:
+                module.inherit(self.state["status"], self.state["stopped_at"])
         else:
             for name, parameter in module.named_parameters():
                 parameter.copy_(parameters[name])
+
+
+def _axes_of(ensemble: Ensemble) -> dict[str, list[Any]]:
+    return {name: ensemble.values(name) for name in ensemble.axes}
 
 
 def _sha256(config: dict[str, Any] | None) -> str:

@@ -169,7 +169,8 @@ class Study:
     def _stand(self, name: str) -> Start:
         """Where a run stands now."""
         run = self.runs[name]
-        return Start.at(str(run.directory or name), run.trainer.global_step, run.model, run.resolved)
+        directory, source_axes = str(run.directory or name), run.recorder.source_axes
+        return Start.at(directory, run.trainer.global_step, run.model, run.resolved, source_axes)
 
     # Carrying out -----------------------------------------------------------------------------------------------------
 

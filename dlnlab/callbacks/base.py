@@ -8,7 +8,7 @@ A subclass writes `measure(model, batch)`, which returns one value per member fo
 
 It inherits the schedule (in true optimizer steps; without one of its own it follows the recorder's), no-grad
 discipline, and recording: under the recorder the values go to the results and to TensorBoard, without one their median
-over members goes to the trainer's loggers.
+over members goes to the trainer's loggers. Members that had diverged in the run this one has started from are NaN.
 """
 
 import math
@@ -125,8 +125,13 @@ class Measurement(Callback):
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         self._finished = True
-        if trainer.global_step > self._last_step and isinstance(module, LinearNetwork):
+        if not isinstance(module, LinearNetwork):
+            return
+        module.end(trainer.global_step)
+        if trainer.global_step > self._last_step or module.has_provisional_ends:
+            before = self.state_dict()
             self._measure(trainer, module, None, final=True)
+            self.load_state_dict(before)  # a fit that goes on from here has not measured now
 
     @torch.no_grad()
     def _measure(
@@ -138,11 +143,17 @@ class Measurement(Callback):
         if isinstance(module, LinearNetwork):
             batch = module.full_batch()
         values = {name: value.detach().clone() for name, value in self.measure(module, batch).items()}
+        taken = slice(None)
+        if isinstance(module, LinearNetwork) and bool((gone := module.diverged_before).any()):
+            taken = ~gone
+            for name, value in values.items():
+                rows = gone.to(value.device).view(-1, *[1] * (value.ndim - 1))
+                values[name] = value.double().masked_fill(rows, torch.nan)
         recorder = _recorder_of(trainer)
         if recorder is not None:
             recorder.record(step, values, self.dims, final, self.schedule)
             return
-        medians = {TAGS.get(name, f"measured/{name}"): float(value.double().median())
+        medians = {TAGS.get(name, f"measured/{name}"): float(value[taken].double().median())
                    for name, value in values.items() if value.ndim == 1}  # fmt: skip
         medians = {tag: median for tag, median in medians.items() if not math.isnan(median)}
         for logger in trainer.loggers:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dlnlab import kernels
 from dlnlab.kernels import Factors, Guard, Records
+from dlnlab.kernels.guard import bound_of
 from dlnlab.models import DiagonalLinearNetwork
 from dlnlab.optim import GainSGD
 
@@ -91,7 +92,7 @@ class Replay:
             start: The first step.
             stop: The step after the last.
             tol: Members stop below this full loss ...
-            bound: ... or above this size of the loss or a factor.
+            bound: ... or above this many times the larger of the first loss and the zero predictor's, as `Guard` says.
             status: What `advance` returned before; None if all run.
             records: What to write on the way.
 
@@ -103,8 +104,11 @@ class Replay:
             status = torch.zeros(len(index), dtype=torch.int8, device=self._device)
         batches = replace(self.batches, **{k: v.to(self._device)[index] for k, v in vars(self.batches).items()})
         kept = factors.map(torch.clone)
+        targets = self.problems.y[self.problem[members]].double()
+        first = torch.maximum(self.losses(members, self.begin(members)), targets.square().mean(-1) / 2)
+        guard = Guard(tol, bound_of(first, bound), 100, kept)
         self._kernel.advance(
             factors, lr.to(self._device), None, self.problem.to(self._device)[index], batches, start, stop, status,
-            torch.full_like(index, -1), Guard(tol, bound, 100, kept), records, num_threads=kernels.num_threads(),
+            torch.full_like(index, -1), guard, records, num_threads=kernels.num_threads(),
         )  # fmt: skip
         return status

@@ -100,8 +100,8 @@ class WaitingFigure(Figure):
 def _waits(cell: xr.Dataset) -> dict[int, tuple[list[float], list[float]]]:
     """For each rank above 1, descending: the waits that ended with a jump, and those that something else cut off."""
     last = int(np.flatnonzero(cell["rank"].notnull().any("seed"))[-1])
-    began = cell["rank"].isel(step=0).values
-    jumps = cell["jump_steps"].isel(step=last).values
+    cell = cell.isel(seed=(cell["status"].isel(step=0) != "diverged").values)  # the others take no step in this run
+    began, jumps = cell["rank"].isel(step=0).values, cell["jump_steps"].isel(step=last).values
     lost = (cell["status"].isel(step=last) == "diverged").values
     ends = np.where(lost, cell["stopped_at"].values, float(cell["step"].values[last]))
     found: dict[int, tuple[list[float], list[float]]] = {}

@@ -74,9 +74,11 @@ class DiagonalKernel(Kernel):
         assert status.is_contiguous() and stopped_at.is_contiguous(), "they are changed in place"
         state = _arrays(factors)
         rule = (
-            cpu_steps.Guard(0.0, 0.0, 0, state)
+            cpu_steps.Guard(0.0, state.square_sum, 0, state, status.numpy())  # never read
             if guard is None
-            else cpu_steps.Guard(float(guard.tol), float(guard.bound), guard.every_n_steps, _arrays(guard.kept))
+            else cpu_steps.Guard(
+                float(guard.tol), guard.bound.numpy(), guard.every_n_steps, _arrays(guard.kept), guard.cause.numpy()
+            )
         )
         buffers, numbers = _record_arrays(records), rate_arrays(rates, len(lr))
         blocks = _blocks(table, with_stopped=buffers.num_steps > 0)

@@ -87,9 +87,11 @@ class DeepKernel:
             batches.sampling_key.numpy(), batches.noise_key.numpy(), batches.noise_std.double().numpy(),
             status.numpy(), stopped_at.numpy(),
         )  # fmt: skip
-        rule = steps.Guard(0.0, 0.0, 0, members.weights)
+        rule = steps.Guard(0.0, members.lr, 0, members.weights, members.status)  # never read
         if guard is not None:
-            rule = steps.Guard(float(guard.tol), float(guard.bound), guard.every_n_steps, _addresses(kept))
+            rule = steps.Guard(
+                float(guard.tol), guard.bound.numpy(), guard.every_n_steps, _addresses(kept), guard.cause.numpy()
+            )
         scale = steps.Loss(float(loss.scale), loss.mean)
         largest, dtype = int(batches.size.max()), self._problems.y.dtype
         running, numbers = np.flatnonzero(members.status == steps.RUNNING), rate_arrays(rates, len(problem))

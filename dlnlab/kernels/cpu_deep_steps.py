@@ -25,6 +25,7 @@ from numba import njit
 from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
 from dlnlab.kernels.deep import SMALLEST_SCALE
 from dlnlab.kernels.factors import PERIOD
+from dlnlab.kernels.guard import ABOVE_BOUND, LARGEST, NOT_FINITE
 from dlnlab.kernels.vectors import fma, load, pointer_at, pointers, shift, splat, store, total, zeros
 
 PAD = 8
@@ -85,9 +86,10 @@ class Guard(NamedTuple):
     """When members stop, and where the diverged go back to."""
 
     tol: float
-    bound: float
+    bound: np.ndarray  # (E,), of the loss
     every_n_steps: int  # 0 = never
     kept: np.ndarray  # (L,): addresses, as those of the weights
+    cause: np.ndarray  # (E,): why a member has diverged
 
 
 class Work(NamedTuple):
@@ -620,9 +622,11 @@ def advance(chosen, members, problems, network, loss, guard, work, start, stop, 
             if guard.every_n_steps > 0 and step % guard.every_n_steps == 0:
                 most = _give(work, net, members, m, c, like)
                 now_loss = _full_loss(work, net, problems, p, loss, c, zero)
-                if not (most <= guard.bound and now_loss <= guard.bound):  # NaN compares false
+                finite = most <= LARGEST and now_loss <= LARGEST  # NaN compares false
+                if not (finite and now_loss <= guard.bound[m]):
                     _copy_weights(guard.kept, members.weights, net, m, like)
                     members.status[m] = DIVERGED
+                    guard.cause[m] = ABOVE_BOUND if finite else NOT_FINITE
                     members.stopped_at[m] = max(step - guard.every_n_steps, 0)
                     break
                 _copy_weights(members.weights, guard.kept, net, m, like)

@@ -31,6 +31,7 @@ from numba import njit
 
 from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
 from dlnlab.kernels.factors import PERIOD
+from dlnlab.kernels.guard import ABOVE_BOUND, LARGEST, NOT_FINITE
 from dlnlab.kernels.vectors import (
     as_integers,
     double,
@@ -112,9 +113,10 @@ class Guard(NamedTuple):
     """When members stop, and where the diverged go back to."""
 
     tol: float
-    bound: float
+    bound: np.ndarray  # (E,), of the loss
     every_n_steps: int  # 0 = never
     kept: State
+    cause: np.ndarray  # (E,): why a member has diverged
 
 
 class Records(NamedTuple):
@@ -608,12 +610,14 @@ def _loss(state, m, problems, p, beta):
 @part
 def _check(m, step, loss, state, dim, members, guard):
     """`LinearNetwork.check_members` for one running member."""
-    large = 0
+    beyond = 0
     for i in range(m * dim, (m + 1) * dim):
-        large += not (abs(state.w_plus[i]) <= guard.bound and abs(state.w_minus[i]) <= guard.bound)  # NaN is false
-    if large > 0 or not loss <= guard.bound:
+        beyond += not (abs(state.w_plus[i]) <= LARGEST and abs(state.w_minus[i]) <= LARGEST)  # NaN is false
+    finite = beyond == 0 and loss <= LARGEST
+    if not (finite and loss <= guard.bound[m]):
         _copy(guard.kept, m, state, m, dim)
         members.status[m] = DIVERGED
+        guard.cause[m] = ABOVE_BOUND if finite else NOT_FINITE
         members.stopped_at[m] = max(step - guard.every_n_steps, 0)
     else:
         _copy(state, m, guard.kept, m, dim)

@@ -159,14 +159,14 @@ class DiagonalKernel(Kernel):
         members = steps.Members(
             (lr / decay / size).to(lr.dtype), decay, problem.contiguous(), size, batches.sampling.contiguous(),
             batches.sampling_key.contiguous(), batches.noise_key.contiguous(), batches.noise_std.double(),
-            status, stopped_at,
+            status, stopped_at, lr.double() if guard is None else guard.bound, status if guard is None else guard.cause,
         )  # fmt: skip
         courses, span = rate_tables(rates, problem)
         home = self._state(factors)
         kept = home if guard is None else self._state(guard.kept)
-        tol, bound, every = (0.0, 0.0, 2**62) if guard is None else (guard.tol, guard.bound, guard.every_n_steps)
+        tol, every = (0.0, 2**62) if guard is None else (guard.tol, guard.every_n_steps)
         floor, near = floors(lr.dtype)
-        reals = torch.tensor((tol, bound, floor, near, math.log(floor)), dtype=torch.float64, device=device)
+        reals = torch.tensor((tol, floor, near, math.log(floor)), dtype=torch.float64, device=device)
         due = records.steps.tolist()
         room_to_write = self._records(records, home)
         everything = records.factors is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 from dlnlab.kernels import cuda
 from dlnlab.kernels.deep import SMALLEST_SCALE, DeepGuard, EntryLoss
 from dlnlab.kernels.diagonal import Batches
+from dlnlab.kernels.guard import ABOVE_BOUND, NOT_FINITE
 from dlnlab.kernels.rates import Rates
 
 if TYPE_CHECKING:
@@ -185,9 +186,11 @@ class DeepKernel:
             product = w @ product
         errors = product.flatten(1).gather(1, self._flat[problem[running]]) - self.y[problem[running]]
         losses = loss.scale * errors.double().square().sum(1) / (self.num_samples if loss.mean else 1)
-        fine = losses <= guard.bound  # NaN compares false
+        finite = losses.isfinite()
         for w in layers:
-            fine &= (w.abs() <= guard.bound).flatten(1).all(1)
+            finite &= w.isfinite().flatten(1).all(1)
+        fine = finite & (losses <= guard.bound[running])
+        guard.cause[running[~fine]] = torch.where(finite, ABOVE_BOUND, NOT_FINITE)[~fine].to(torch.int8)
         gone, safe, done = running[~fine], running[fine], running[fine & (losses < guard.tol)]
         for w, kept in zip(weights, guard.kept, strict=True):
             kept[safe] = w[safe]

@@ -34,11 +34,13 @@ def advance_cuda(
     courses, span = cuda.rate_tables(rates, stopped_at)
     home, device = steps.State(**vars(state)), status.device
     kept = home if rule is None else steps.State(**vars(rule.kept))
-    tol, bound, every = (0.0, 0.0, 2**62) if rule is None else (rule.tol, rule.bound, rule.every_n_steps)
+    tol, every = (0.0, 2**62) if rule is None else (rule.tol, rule.every_n_steps)
+    bound, cause = (course.lr, status) if rule is None else (rule.bound, rule.cause)
     members = steps.Members(
-        **{name: value for name, value in vars(course).items() if name != "width"}, status=status, stopped_at=stopped_at
-    )
-    reals = torch.tensor((tol, bound, course.width), dtype=torch.float64, device=device)
+        **{name: value for name, value in vars(course).items() if name != "width"}, status=status, stopped_at=stopped_at,
+        bound=bound, cause=cause,
+    )  # fmt: skip
+    reals = torch.tensor((tol, course.width), dtype=torch.float64, device=device)
     due = torch.tensor(log.steps, dtype=torch.int64, device=device)
     records = steps.Records(due, steps.State(**vars(log.state)), log.status)
     length = max(1, int(cuda.LAUNCH_SECONDS / max(_STEP_SECONDS, len(status) / _RATE)))

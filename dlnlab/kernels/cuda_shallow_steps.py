@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dlnlab.kernels import shallow
-from dlnlab.kernels.cuda_steps import CONVERGED, DIVERGED, PERIOD, Rates, split_powers
+from dlnlab.kernels.cuda_steps import (
+    ABOVE_BOUND,
+    CONVERGED,
+    DIVERGED,
+    INFINITY,
+    NOT_FINITE,
+    PERIOD,
+    Rates,
+    split_powers,
+)
 
 LOWEST = tl.constexpr(shallow.LOWEST)
 
@@ -43,6 +52,8 @@ class Members(NamedTuple):
     peak_minus: Tensor
     status: Tensor
     stopped_at: Tensor
+    bound: Tensor  # of the loss
+    cause: Tensor  # why a member has diverged, int8
 
 
 class Records(NamedTuple):
@@ -57,7 +68,7 @@ class Plan(NamedTuple):
     """The numbers of a launch, in memory so that the kernel is compiled for none of them."""
 
     integers: Tensor  # int64: see `advance`
-    reals: Tensor  # float64: tol, bound, width
+    reals: Tensor  # float64: tol, width
 
 
 @triton.jit
@@ -96,7 +107,7 @@ def advance(chosen, members: Members, rates: Rates, state: State, kept: State, r
 
     Args:
         chosen: Numbers of the running members, int64.
-        members: Status and stopped_at change in place.
+        members: Status, stopped_at and cause change in place.
         rates: Of the members whose lr changes.
         state: Advanced in place; a stopped member stays as it is.
         kept: Each member at its last check, changed in place.
@@ -109,7 +120,7 @@ def advance(chosen, members: Members, rates: Rates, state: State, kept: State, r
     start, stop, every = tl.load(plan.integers), tl.load(plan.integers + 1), tl.load(plan.integers + 2)
     t, num_records = tl.load(plan.integers + 3), tl.load(plan.integers + 4)
     num_members, num_chosen = tl.load(plan.integers + 5), tl.load(plan.integers + 6)
-    tol, bound, width = tl.load(plan.reals), tl.load(plan.reals + 1), tl.load(plan.reals + 2)
+    tol, width = tl.load(plan.reals), tl.load(plan.reals + 1)
 
     place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     there = place < num_chosen
@@ -152,9 +163,11 @@ def advance(chosen, members: Members, rates: Rates, state: State, kept: State, r
             whole_plus, whole_minus = plus * _two_to(exponent_plus), minus * _two_to(exponent_minus)
             eps = half_plus * whole_plus * whole_plus - half_minus * whole_minus * whole_minus - target
             loss = eps * eps * 0.5
-            fine = (loss <= bound) & (tl.abs(whole_plus) * peak_plus <= bound)  # NaN is false
-            fine &= tl.abs(whole_minus) * peak_minus <= bound
-            lost, well = running & ~fine, running & fine
+            finite = (loss < INFINITY) & (tl.abs(whole_plus) * peak_plus < INFINITY)  # NaN is false
+            finite &= tl.abs(whole_minus) * peak_minus < INFINITY
+            well = running & finite & (loss <= tl.load(members.bound + m))
+            lost = running & ~well
+            tl.store(members.cause + m, tl.where(finite, ABOVE_BOUND, NOT_FINITE).to(tl.int8), mask=lost)
             now = plus, minus, exponent_plus, exponent_minus, step_sum, square_sum, largest_step
             _store(kept, m, now, well)
             old = _load(kept, m, lost)

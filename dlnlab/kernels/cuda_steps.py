@@ -31,10 +31,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlnlab.kernels import factors
+from dlnlab.kernels import factors, guard
 
 PERIOD = tl.constexpr(factors.PERIOD)
 RUNNING, CONVERGED, DIVERGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ABOVE_BOUND, NOT_FINITE = tl.constexpr(guard.ABOVE_BOUND), tl.constexpr(guard.NOT_FINITE)
+INFINITY = tl.constexpr(float("inf"))
 REPLACEMENT, SUBSET = tl.constexpr(0), tl.constexpr(1)  # the order of `dlnlab.streams.SAMPLINGS`; the third is epochs
 LN2 = tl.constexpr(0.6931471805599453)
 TWO_PI = tl.constexpr(6.283185307179586)
@@ -76,6 +78,8 @@ class Members(NamedTuple):
     noise_std: Tensor
     status: Tensor
     stopped_at: Tensor
+    bound: Tensor  # of the loss, float64
+    cause: Tensor  # why a member has diverged
 
 
 class Rates(NamedTuple):
@@ -116,7 +120,7 @@ class Plan(NamedTuple):
     """The numbers of a launch, in memory so that the kernel is compiled for none of them."""
 
     integers: Tensor  # int64: see `advance`
-    reals: Tensor  # float64: tol, bound, floor, near, log(floor)
+    reals: Tensor  # float64: tol, floor, near, log(floor)
 
 
 # Coordinates and members ----------------------------------------------------------------------------------------------
@@ -340,7 +344,7 @@ def advance(blocks, members: Members, rates: Rates, problems: Problems, state: S
 
     Args:
         blocks: Member numbers (blocks, LANES), int64, -1 for none. Members of a block have one batch size and sampling.
-        members: Status and stopped_at change in place.
+        members: Status, stopped_at and cause change in place.
         rates: Of the members whose lr or weight decay changes.
         problems: The data.
         state: Advanced in place; a stopped member stays as it is.
@@ -360,8 +364,8 @@ def advance(blocks, members: Members, rates: Rates, problems: Problems, state: S
     every, t, num_records = tl.load(plan.integers + 2), tl.load(plan.integers + 3), tl.load(plan.integers + 4)
     everything, size, dim = tl.load(plan.integers + 5), tl.load(plan.integers + 6), tl.load(plan.integers + 7)
     num_members, room = tl.load(plan.integers + 8), tl.load(plan.integers + 9)
-    tol, bound = tl.load(plan.reals), tl.load(plan.reals + 1)
-    floor, near, log_floor = tl.load(plan.reals + 2), tl.load(plan.reals + 3), tl.load(plan.reals + 4)
+    tol, floor = tl.load(plan.reals), tl.load(plan.reals + 1)
+    near, log_floor = tl.load(plan.reals + 2), tl.load(plan.reals + 3)
 
     lane, j = _places(LANES), _places(COLUMNS)
     m = tl.load(blocks + block * LANES + lane)
@@ -441,10 +445,11 @@ def advance(blocks, members: Members, rates: Rates, problems: Problems, state: S
         tl.debug_barrier()  # what one thread wrote to memory another may read from here on
         if step % every == 0:
             loss = _loss(plus, minus, x_at, y_at, size, COLUMNS, LANES)
-            small = (tl.abs(plus) <= bound) & (tl.abs(minus) <= bound)  # NaN is false
-            large = tl.max((inside & ~small).to(tl.int32), axis=0) > 0
-            lost = running & (large | ~(loss <= bound))
-            well = running & ~lost
+            usual = (tl.abs(plus) < INFINITY) & (tl.abs(minus) < INFINITY)  # NaN is false
+            finite = (tl.max((inside & ~usual).to(tl.int32), axis=0) == 0) & (loss < INFINITY)
+            well = running & finite & (loss <= tl.load(members.bound + m))
+            lost = running & ~well
+            tl.store(members.cause + m, tl.where(finite, ABOVE_BOUND, NOT_FINITE).to(tl.int8), mask=lost)
             back, forth = inside & lost[None, :], inside & well[None, :]
             plus = tl.where(back, tl.load(kept.w_plus + at, mask=back, other=1), plus)
             minus = tl.where(back, tl.load(kept.w_minus + at, mask=back, other=1), minus)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlnlab.kernels.guard import Limits
+
 SMALLEST_SCALE = 2.0**-10
 """Compiled kernels keep outer layers W as V = W/c, and c goes into V once it is below this: V would grow by as much."""
 
@@ -41,12 +43,9 @@ class EntryLoss:
 
 
 @dataclass
-class DeepGuard:
-    """When members stop (`dlnlab.models.base.Guard`), and the weights that diverged ones go back to, (E, ...) each."""
+class DeepGuard(Limits):
+    """When members stop, and the weights that diverged ones go back to, (E, ...) each; see `Limits`."""
 
-    tol: float
-    bound: float
-    every_n_steps: int
     kept: list[Tensor]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlnlab.kernels.factors import Factors
+from dlnlab.kernels.guard import Limits
 from dlnlab.kernels.rates import Rates
 
 
@@ -65,19 +66,9 @@ class Batches:
 
 
 @dataclass
-class Guard:
-    """When members stop (`dlnlab.models.base.Guard`), and the state that diverged ones go back to.
+class Guard(Limits):
+    """When members stop, and the factors that diverged ones go back to; see `Limits`."""
 
-    Attributes:
-        tol: Converged below this full clean loss.
-        bound: Diverged above this loss or size of a factor, or where one is not finite.
-        every_n_steps: Members are checked at steps divisible by this.
-        kept: Each member at its last check; a copy of the first state before the first step.
-    """
-
-    tol: float
-    bound: float
-    every_n_steps: int
     kept: Factors
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dlnlab.kernels.factors import PERIOD, Factors, floors
+from dlnlab.kernels.guard import ABOVE_BOUND, LARGEST, NOT_FINITE, Limits
 from dlnlab.kernels.rates import Rates, rate_arrays
 
 LOWEST = -400
@@ -114,12 +115,9 @@ class Course:
 
 
 @dataclass
-class Rule:
-    """When members stop, and what the diverged go back to; as `dlnlab.kernels.Guard`."""
+class Rule(Limits):
+    """When members stop, and what the diverged go back to; see `Limits`."""
 
-    tol: float
-    bound: float
-    every_n_steps: int
     kept: Multipliers
 
 
@@ -225,8 +223,10 @@ def _check(
     plus, minus = part.product_plus * two_to(part.exponent_plus), part.product_minus * two_to(part.exponent_minus)
     eps = course.half_plus * plus.square() - course.half_minus * minus.square() - course.target
     loss = eps.square() / 2
-    fine = (loss <= rule.bound) & (plus.abs() * course.peak_plus <= rule.bound)  # NaN compares false
-    fine &= minus.abs() * course.peak_minus <= rule.bound
+    finite = (loss <= LARGEST) & (plus.abs() * course.peak_plus <= LARGEST)  # NaN compares false
+    finite &= minus.abs() * course.peak_minus <= LARGEST
+    fine = finite & (loss <= rule.bound[running])
+    rule.cause[running[~fine]] = torch.where(finite, ABOVE_BOUND, NOT_FINITE)[~fine].to(torch.int8)
     gone, safe, done = running[~fine], running[fine], running[fine & (loss < rule.tol)]
     for now, kept in zip(vars(state).values(), vars(rule.kept).values(), strict=True):
         kept[safe] = now[safe]
@@ -256,10 +256,10 @@ def advance_cpu(
         *(tensor.numpy() for name, tensor in vars(course).items() if name != "width"),
         float(course.width), status.numpy(), stopped_at.numpy(), len(status),
     )  # fmt: skip
-    guard = shallow_steps.Guard(0.0, 0.0, 0, arrays)
+    guard = shallow_steps.Guard(0.0, arrays.step_sum, 0, arrays, status.numpy())  # never read
     if rule is not None:
         kept = shallow_steps.State(*(tensor.numpy() for tensor in vars(rule.kept).values()))
-        guard = shallow_steps.Guard(float(rule.tol), float(rule.bound), rule.every_n_steps, kept)
+        guard = shallow_steps.Guard(float(rule.tol), rule.bound.numpy(), rule.every_n_steps, kept, rule.cause.numpy())
     rows = shallow_steps.State(*(tensor.flatten().numpy() for tensor in vars(log.state).values()))
     steps = np.array(log.steps, dtype=np.int64)
     records = shallow_steps.Records(steps, len(steps), rows, log.status.flatten().numpy())

@@ -14,6 +14,7 @@ from numba import njit
 
 from dlnlab.kernels.cpu_steps import CONVERGED, DIVERGED, RUNNING, _split_powers, part
 from dlnlab.kernels.factors import PERIOD
+from dlnlab.kernels.guard import ABOVE_BOUND, LARGEST, NOT_FINITE
 from dlnlab.kernels.shallow import LOWEST
 from dlnlab.kernels.vectors import as_integers, fma, largest, load, pointers, shift, splat, store, zeros
 
@@ -51,9 +52,10 @@ class Guard(NamedTuple):
     """When members stop, and where the diverged go back to."""
 
     tol: float
-    bound: float
+    bound: np.ndarray  # (E,), of the loss
     every_n_steps: int  # 0 = never
     kept: State
+    cause: np.ndarray  # (E,): why a member has diverged
 
 
 class Records(NamedTuple):
@@ -201,9 +203,12 @@ def _check(work, lane, m, step, state, members, guard):
     """`LinearNetwork.check_members` for the running member of a lane; the powers of two are up to date."""
     plus, minus = work.product_plus[lane] * work.two_plus[lane], work.product_minus[lane] * work.two_minus[lane]
     eps = work.half_plus[lane] * plus * plus - work.half_minus[lane] * minus * minus - work.target[lane]
-    loss, bound = eps * eps / 2, guard.bound
-    fine = abs(plus) * members.peak_plus[m] <= bound and abs(minus) * members.peak_minus[m] <= bound  # NaN is false
-    if fine and loss <= bound:
+    loss = eps * eps / 2
+    finite = (
+        abs(plus) * members.peak_plus[m] <= LARGEST and abs(minus) * members.peak_minus[m] <= LARGEST
+    )  # NaN is false
+    finite = finite and loss <= LARGEST
+    if finite and loss <= guard.bound[m]:
         _copy(state, m, guard.kept, m)
         if loss < guard.tol:
             members.status[m] = CONVERGED
@@ -211,6 +216,7 @@ def _check(work, lane, m, step, state, members, guard):
     else:
         _copy(guard.kept, m, state, m)
         members.status[m] = DIVERGED
+        guard.cause[m] = ABOVE_BOUND if finite else NOT_FINITE
         members.stopped_at[m] = max(step - guard.every_n_steps, 0)
 
 

@@ -29,6 +29,7 @@ rounding grows as any other difference does.
 callback has announced; `trainer.global_step` is true at every event, and no result depends on where chunks end.
 """
 
+import copy
 import inspect
 import math
 import time
@@ -47,8 +48,9 @@ from dlnlab import checks, streams
 from dlnlab.data.base import Problems, refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
 from dlnlab.kernels import Batches, Rates
+from dlnlab.kernels.guard import ABOVE_BOUND, NOT_FINITE, bound_of
 from dlnlab.metrics import MemberLoss
-from dlnlab.models.batch import Batch
+from dlnlab.models.batch import Batch, NullBatch
 from dlnlab.models.programme import CONSTANT, Programme, checked_schedules
 from dlnlab.models.trainer import count_steps, limit_steps, next_event_of, refuse_what_chunks_cannot_honour
 from dlnlab.optim import GainSGD, GradientFlow, StepSchedule, StochasticGradientFlow
@@ -56,6 +58,9 @@ from dlnlab.schedule import Schedule
 
 RUNNING, CONVERGED, DIVERGED = range(3)
 STATUSES = ("running", "converged", "diverged")
+SOURCE = 3
+CAUSES = {0: "", ABOVE_BOUND: "loss", NOT_FINITE: "not finite", SOURCE: "source"}
+"""Why a member has diverged: `source` if it had in the run this one started from."""
 LR_UNITS = ("one", "max_row", "flow_edge", "mean_square_edge")
 
 _CHUNK_SECONDS = 0.25
@@ -80,8 +85,10 @@ class Guard:
     Args:
         tol: A member whose full clean data loss is below this has converged; 0 = never, None = 1e-20 (float64) or
             1e-12 (float32).
-        bound: A member whose loss or a parameter is non-finite or above this has diverged.
-        every_n_steps: Members are checked at steps divisible by this, an absolute grid.
+        bound: A member has diverged whose full clean data loss is more than this times the larger of its loss at step 0 and
+            the loss of the zero predictor, or whose loss or a parameter is not finite. Where neither of the two losses is
+            positive and finite, the latter alone counts.
+        every_n_steps: Members are checked at steps divisible by this, an absolute grid, and where a fit ends.
 
     Raises:
         ValueError: If a number is out of range.
@@ -173,6 +180,9 @@ class LinearNetwork(LightningModule):
 
         self.register_buffer("status", torch.zeros(self.num_members, dtype=torch.int8))
         self.register_buffer("stopped_at", torch.full((self.num_members,), -1, dtype=torch.int64))
+        self.register_buffer("diverged_by", torch.zeros(self.num_members, dtype=torch.int8), persistent=False)
+        self.reference_loss: Tensor | None = None
+        """What `guard.bound` is relative to, float64 (E,); known once the fit has begun."""
         self.member_loss = MemberLoss(self.num_members)
         self.guard: Guard | None = None
         """Set by `MemberGuard`; without it no member is ever stopped."""
@@ -182,6 +192,10 @@ class LinearNetwork(LightningModule):
         self.problems: Problems | None = None
         self._records: list[tuple[list[int], dict[str, Tensor]]] = []
         self._kept: dict[str, Tensor] = {}
+        self._ended_at = -1
+        """The step at which `end` has looked."""
+        self._provisional: dict[str, Any] = {}
+        """Members that `end` has stopped, and their state before."""
         self._optimizer: Optimizer | None = None
         self._fitted_by: Any = None
         self._seconds_per_step, self._shortest_chunk = 0.0, math.inf
@@ -504,10 +518,28 @@ class LinearNetwork(LightningModule):
         """Take the present parameters as the beginning: all members run, and the optimizer has no past, its gain is 0."""
         self._optimizer = self._build_optimizer()
         self._kept, self._records = {}, []
+        self.reference_loss, self._ended_at, self._provisional = None, -1, {}
         self.status.fill_(RUNNING)
         self.stopped_at.fill_(-1)
+        self.diverged_by.zero_()
         self._at, self._elapsed = 0, np.zeros_like(self._elapsed)
         self._arrive(0)
+
+    def inherit(self, status: Tensor, stopped_at: Tensor) -> None:
+        """Let members stay diverged that had diverged in the run whose parameters they start from.
+
+        Args:
+            status: How that run's members ended, (E,).
+            stopped_at: Where they stopped, in steps of the run that they diverged in, (E,); it is kept.
+        """
+        gone = status.to(self.device) == DIVERGED
+        self.status[gone], self.diverged_by[gone] = DIVERGED, SOURCE
+        self.stopped_at[gone] = stopped_at.to(self.device)[gone]
+
+    @property
+    def diverged_before(self) -> Tensor:
+        """The members that had diverged in the run this one has started from, boolean (E,): they take no step here."""
+        return self.diverged_by == SOURCE
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer `setup` has made and checked."""
@@ -791,10 +823,30 @@ class LinearNetwork(LightningModule):
         """See `begin`."""
         self.begin(self.trainer.global_step)
 
+    def on_train_end(self) -> None:
+        """See `end`."""
+        self.end(self.trainer.global_step)
+
+    @torch.no_grad()
     def begin(self, step: int) -> None:
-        """Let the guard see the first state, which a member that diverges at once goes back to; once."""
-        if self.guard is not None and not self._kept:
+        """Show the guard the first state, once; members go on that a fit which ended here, off the grid, has stopped.
+
+        The first state is what a member that diverges at once goes back to, and `guard.bound` is relative to its loss.
+        """
+        if self.guard is None:
+            return
+        self._reopen()
+        if not self._kept:
+            self._kept = {name: value.clone() for name, value in self.member_state().items()}
+            batch = self.full_batch()
+            losses = torch.stack((self.losses(batch), self.losses(NullBatch.of(batch)))).double()
+            self.reference_loss = losses.nan_to_num(0.0, 0.0, 0.0).amax(0)
             self.check_members(step)
+
+    @property
+    def loss_bound(self) -> Tensor:
+        """The largest full loss of a member that has not diverged, float64 (E,), finite."""
+        return bound_of(self.reference_loss, self.guard.bound)
 
     @torch.no_grad()
     def check_members(self, step: int) -> None:
@@ -802,24 +854,68 @@ class LinearNetwork(LightningModule):
         members = self.running
         if len(members) == 0:
             return
-        losses = self.full_losses(members)
-        bad = ~(losses <= self.guard.bound)  # NaN compares false
-        for parameter in self.parameters():
-            bad |= ~(parameter[members].abs() <= self.guard.bound).flatten(1).all(1)
-        converged = (losses < self.guard_tol) & ~bad
-        state = self.member_state()
-        if not self._kept:
-            self._kept = {name: value.clone() for name, value in state.items()}
-        gone, safe = members[bad], members[~bad]
-        for name, value in state.items():
+        diverged, converged, cause = self._judge(members)
+        safe = members[~diverged]
+        for name, value in self.member_state().items():
             if name not in self._kept:  # an optimizer that makes its state at the first step
                 self._kept[name] = torch.zeros_like(value)
-            kept = self._kept[name]
-            kept[safe] = value[safe]
-            value[gone] = kept[gone]
-        self.status[gone], self.status[members[converged]] = DIVERGED, CONVERGED
-        self.stopped_at[gone] = max(step - self.guard.every_n_steps, 0)
-        self.stopped_at[members[converged]] = step
+            self._kept[name][safe] = value[safe]
+        self._stop(step, members, diverged, converged, cause)
+
+    @torch.no_grad()
+    def end(self, step: int) -> None:
+        """Check the members where the fit, or a checkpoint's part of it, ends off the guard's grid; once.
+
+        What has diverged goes back to the last check on the grid, as the next one would find. Nothing of this decides about
+        the steps to come: a fit that goes on from here begins with the state before (`begin`), and is bit for bit the fit
+        that was never cut.
+        """
+        members = self.running
+        if self.guard is None or step == self._ended_at or step % self.guard.every_n_steps == 0:
+            return
+        self._ended_at = step
+        if len(members) == 0:
+            return
+        diverged, converged, cause = self._judge(members)
+        stopped = members[diverged | converged]
+        if len(stopped):
+            state = {name: value[stopped].clone() for name, value in self.member_state().items()}
+            self._provisional = {"members": stopped, "state": state}
+            self._stop(step, members, diverged, converged, cause)
+
+    @property
+    def has_provisional_ends(self) -> bool:
+        """Whether `end` has stopped members, so that they are no longer as the last step's records show them."""
+        return bool(self._provisional)
+
+    def _reopen(self) -> None:
+        """Undo what `end` has done."""
+        self._ended_at = -1
+        if self._provisional:
+            members, before = self._provisional["members"], self._provisional["state"]
+            for name, value in self.member_state().items():
+                value[members] = before[name]
+            self.status[members], self.stopped_at[members], self.diverged_by[members] = RUNNING, -1, 0
+            self._provisional = {}
+
+    def _judge(self, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of some members have diverged, which converged, and why the former have, (G,) each."""
+        losses = self.full_losses(members).double()
+        finite = losses.isfinite()
+        for parameter in self.parameters():
+            finite &= parameter[members].isfinite().flatten(1).all(1)
+        fine = finite & (losses <= self.loss_bound[members])
+        cause = torch.where(finite, ABOVE_BOUND, NOT_FINITE).to(self.diverged_by.dtype)
+        return ~fine, fine & (losses < self.guard_tol), cause
+
+    def _stop(self, step: int, members: Tensor, diverged: Tensor, converged: Tensor, cause: Tensor) -> None:
+        """Freeze the converged, take the diverged back to the last check on the grid before `step`."""
+        gone, done = members[diverged], members[converged]
+        for name, value in self.member_state().items():
+            value[gone] = self._kept[name][gone] if name in self._kept else 0
+        self.status[gone], self.diverged_by[gone], self.status[done] = DIVERGED, cause[diverged], CONVERGED
+        every = self.guard.every_n_steps
+        self.stopped_at[gone], self.stopped_at[done] = max((step - 1) // every * every, 0), step
 
     def _hold_stopped(self) -> None:
         """Give stopped members back the state they stopped with, after a step that moved everyone."""
@@ -946,20 +1042,58 @@ class LinearNetwork(LightningModule):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the guard keeps of each member, and how far schedules are."""
+        """Add what the guard keeps and knows of each member, and how far schedules are; the step is a check."""
+        goes_on = self._ended_at != self.trainer.global_step
+        self.end(self.trainer.global_step)
         checkpoint["dlnlab_kept"] = dict(self._kept)
+        if self.reference_loss is not None:
+            checkpoint["dlnlab_guard"] = {
+                "reference_loss": self.reference_loss,
+                "diverged_by": self.diverged_by.clone(),
+                "provisional": self._provisional,
+            }
+        if goes_on and self._provisional:  # the checkpoint's members are checked, the fit's go on as they are
+            for name in ("state_dict", "optimizer_states"):
+                if name in checkpoint:
+                    checkpoint[name] = copy.deepcopy(checkpoint[name])
+            self._reopen()
         if self.programme:
             checkpoint["dlnlab_schedules"] = {"step": self._at, "elapsed": torch.from_numpy(self._elapsed.copy())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back."""
-        kept = checkpoint.get("dlnlab_kept", {})
-        self._kept = {name: value.to(self.device) for name, value in kept.items()}
+        """Restore it.
+
+        Raises:
+            ValueError: If a fit cannot go on from it; see `refuse_old_checkpoint`.
+        """
+        if self.guard is not None:
+            self.refuse_old_checkpoint(checkpoint)
+        self._kept = _on(self.device, checkpoint.get("dlnlab_kept", {}))
+        known = _on(self.device, checkpoint.get("dlnlab_guard", {}))
+        if known:
+            self.reference_loss, self._provisional = known["reference_loss"], known["provisional"]
+            self.diverged_by.copy_(known["diverged_by"])
         if self.programme and "dlnlab_schedules" in checkpoint:
             reached = checkpoint["dlnlab_schedules"]
             self._at, self._elapsed = reached["step"], reached["elapsed"].numpy().copy()
             if self._optimizer is not None:
                 self._arrive(self._at)
+
+    @staticmethod
+    def refuse_old_checkpoint(checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError if a fit's checkpoint lacks the losses that `guard.bound` is relative to."""
+        if checkpoint.get("dlnlab_kept") and "dlnlab_guard" not in checkpoint:
+            raise ValueError(
+                "the checkpoint was written by an earlier version of dlnlab, without the first losses that guard.bound is "
+                "relative to now; start a new run (--init_from takes over its parameters)"
+            )
+
+
+def _on(device: torch.device, values: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries of tensors, on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else _on(device, value) for name, value in values.items()
+    }
 
 
 @contextmanager

@@ -117,6 +117,25 @@ class Batch:
         return y if self.noise is None else y + self.noise
 
 
+class NullBatch(Batch):
+    """The same rows for the zero predictor: inputs are zero, and so is every prediction."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "NullBatch":
+        """Take over a batch; what are places in the predictor stay places."""
+        x = batch.x if batch.holds_places else batch.x.new_zeros(()).expand(batch.x.shape)
+        return cls(x, batch.y, batch.members, batch.problem, batch.noise)
+
+    def predictions(self, predictor: Tensor) -> Tensor:
+        """Zeros; see `Batch.predictions`."""
+        return torch.zeros_like(super().predictions(predictor))
+
+    def losses(self, predictor: Tensor) -> Tensor:
+        """Those of the targets alone; see `Batch.losses`."""
+        del predictor
+        return _half_mean_squares(self.targets)
+
+
 def _half_mean_squares(error: Tensor, axes: int = 1) -> Tensor:
     """Errors (..., B[, K]) behind a number of leading axes -> half the mean over B of the squared sums over K."""
     squares = error.square()

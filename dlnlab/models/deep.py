@@ -287,7 +287,7 @@ class DeepLinearNetwork(LinearNetwork):
         if guard is not None:
             self.begin(start)
             kept = [self._kept[f"parameter.weights.{layer}"] for layer in range(self.depth)]
-            rule = DeepGuard(self.guard_tol, guard.bound, guard.every_n_steps, kept)
+            rule = DeepGuard(self.guard_tol, self.loss_bound, guard.every_n_steps, kept, self.diverged_by)
         return self._kernel.advance(
             [w.data for w in self.weights], (self.lazy_first, self.lazy_last), lr, decay, self.problem_index, self._batches,
             self._entry_loss, start, stop, self.status, self.stopped_at, rule, kernels.num_threads(),

@@ -241,7 +241,9 @@ class DiagonalLinearNetwork(LinearNetwork):
         if guard is not None:
             self.begin(start)
             kept = {name.rpartition(".")[2]: value for name, value in self._kept.items()}
-            rule = kernels.Guard(self.guard_tol, guard.bound, guard.every_n_steps, Factors(**kept))
+            rule = kernels.Guard(
+                self.guard_tol, self.loss_bound, guard.every_n_steps, Factors(**kept), self.diverged_by
+            )
         factors = optimizer.factors(group)
         everything = not _PREDICTOR_ONLY.issuperset(variables)
         row = (10 if everything else 2) * 8 * self.w_plus.numel()

@@ -204,7 +204,7 @@ class ShallowLinearNetwork(LinearNetwork):
             self.begin(start)
             names = {"parameter.p": "w_plus", "parameter.m": "w_minus"}
             kept = Factors(**{names.get(name, name.rpartition(".")[2]): value for name, value in self._kept.items()})
-            rule = Rule(self.guard_tol, guard.bound, guard.every_n_steps, Multipliers.of(kept))
+            rule = Rule(self.guard_tol, self.loss_bound, guard.every_n_steps, Multipliers.of(kept), self.diverged_by)
         row = 12 * 8 * self.p.numel()  # so that memory stays bounded
         if len(record_steps) > (most := max(1, _RECORD_BYTES // row)):
             record_steps = record_steps[:most]
