@@ -44,6 +44,12 @@ class Measurement(Callback):
     of_constant_rates: ClassVar[bool] = False
     """True for what is defined of members whose lr, weight decay and batch size do not change with the step."""
 
+    of_squared_loss: ClassVar[bool] = False
+    """True for formulas of the squared loss |X beta - y|^2/(2B); see `LinearNetwork.squared_loss_refusal`."""
+
+    of_product: ClassVar[bool] = False
+    """True for formulas of beta = u*v, one pair of factors; see `LinearNetwork.product_refusal`."""
+
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
         self.schedule = (
             None if every_n_steps is None and at is None else Schedule(every_n_steps, at, of=type(self).__name__)
@@ -87,6 +93,19 @@ class Measurement(Callback):
                 f"{', '.join(module.programme.names)} change; leave it out, or measure it in a variant without schedules"
             )
         self.check(module)
+        if isinstance(module, LinearNetwork):
+            self._refuse_other_laws(module)
+
+    def _refuse_other_laws(self, module: LinearNetwork) -> None:
+        asked = {
+            "the squared loss |X beta - y|^2/(2B)": module.squared_loss_refusal() if self.of_squared_loss else None,
+            "a predictor that is the product of a pair of factors": module.product_refusal()
+            if self.of_product
+            else None,
+        }
+        for law, reason in asked.items():
+            if reason is not None:
+                raise ValueError(f"{type(self).__name__}: its formulas are of {law}, but {reason}; leave it out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare, where `prepare` was not called before."""

@@ -45,6 +45,8 @@ class DeepTheory(Measurement):
             raise ValueError(f"DeepTheory: the laws are of DeepLinearNetwork, not {type(model).__name__}")
         if not isinstance(model._optimizer, GainSGD):
             raise ValueError(f"DeepTheory: the laws are of GainSGD's steps, not of {type(model._optimizer).__name__}'s")
+        if (changed := model.changed_since(DeepLinearNetwork, ("predictor", "losses", "batches"))) is not None:
+            raise ValueError(f"DeepTheory: the laws are of DeepLinearNetwork's own loss, but {changed}; leave it out")
 
     def measure(self, model: DeepLinearNetwork, batch: Any) -> dict[str, Tensor]:
         """All of the above, (E,) each."""
@@ -88,7 +90,7 @@ class DeepTheory(Measurement):
         if model._has_noise:
             return torch.full_like(kappa, torch.nan)
         largest = model.problems.y.abs().flatten(1).amax(1)[model.problem_index]
-        scale = 0.5 if model.half else 1.0
+        scale = 0.5 if model.halved else 1.0
         if model.reduction == "sum":
             scale = scale * model.scheduled_batch_size.to(kappa)
         return theory.absorbing_norm(kappa, largest, model.depth, scale)

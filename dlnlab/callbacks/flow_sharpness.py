@@ -1,6 +1,6 @@
 """FlowSharpness: how sharp the minimum is that gradient flow would end at from here."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class FlowSharpness(Measurement):
     Reference:
         kreisler2023 (the quantity, for scalar networks); its closed forms here: derived here.
     """
+
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Raise ValueError where the flow's limit is not known in closed form."""

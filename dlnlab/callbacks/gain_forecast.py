@@ -17,7 +17,7 @@ class GainForecast(Measurement):
               \mathrm{Gain} \approx \gamma \, \mathrm{diag}(X^T X/n) \, \psi_\alpha(\beta_{flow})
 
     The formula of stochastic gradient flow with gradient flow's own loss integral, :math:`\psi_\alpha/2`. As psi grows like
-    ln(1/alpha) |beta|_1, alpha_inf/alpha is a power of alpha.
+    ln(1/alpha) |beta|_1, alpha_inf/alpha is a power of alpha. It is of members that start at beta = 0; NaN for others.
 
     In the results: `effective_init_ratio` and `forecast_effective_init_ratio`, geometric means over coordinates. Cost: a
     solution of gradient flow's limit for each problem and alpha, once.
@@ -30,6 +30,8 @@ class GainForecast(Measurement):
         pesme2021, Theorem 1 (the formula); the loss integral of gradient flow and the power: derived here.
     """
 
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
     of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:
@@ -56,11 +58,13 @@ class GainForecast(Measurement):
 
     def _solve(self, model: DiagonalLinearNetwork) -> Tensor:
         x, y, problem = model.problems.x.double(), model.problems.y.double(), model.problem_index
-        init = torch.tensor(model.per_member("init_scale"), dtype=torch.float64, device=x.device)
-        init = init if init.ndim == 2 else init[:, None].expand(-1, x.shape[-1])
+        start = model._optimizer.state[model.w_plus]
+        plus, minus = start["initial_plus"], start["initial_minus"]
+        init = (plus * minus).abs().sqrt()
         kinds, of = torch.unique(torch.cat((problem[:, None].double(), init), 1), dim=0, return_inverse=True)
         chosen, alpha = kinds[:, 0].long(), kinds[:, 1:]
         beta, _ = theory.min_hypentropy(x[chosen], y[chosen], alpha)
         integral = theory.loss_integral(beta, alpha)[of]
         lr = torch.as_tensor(model._optimizer.param_groups[0]["lr"], dtype=torch.float64, device=x.device)
-        return (-lr * integral * x.square().mean((1, 2))[problem]).exp()
+        forecast = (-lr * integral * x.square().mean((1, 2))[problem]).exp()
+        return torch.where((plus.abs() == minus.abs()).all(-1), forecast, torch.nan)

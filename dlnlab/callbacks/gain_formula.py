@@ -31,6 +31,8 @@ class GainFormula(Measurement):
         pesme2021, Theorem 1 (for its stochastic gradient flow).
     """
 
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
     of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, every_n_steps: int | None = None, at: Any = None) -> None:

@@ -1,6 +1,6 @@
 """GradientStatistics: how large a mini-batch's gradient is on each coordinate."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class GradientStatistics(Measurement):
     Reference:
         even2023, Propositions 3 and 4 (subject); the closed form is derived here.
     """
+
+    of_squared_loss: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Raise ValueError for a module that predicts no single number, or data without a teacher."""

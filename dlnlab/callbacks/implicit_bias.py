@@ -52,6 +52,8 @@ class ImplicitBias(Measurement):
         l1 norm, the mean gain and the loss integral: derived here.
     """
 
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
     last_only: ClassVar[bool] = True
 
     def __init__(self, loss_below: float = 1e-10, every_n_steps: int | None = None, at: Any = None) -> None:

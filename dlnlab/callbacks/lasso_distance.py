@@ -40,6 +40,8 @@ class LassoDistance(Measurement):
         Derived here, to first order in gamma, for noise that dominates the residuals.
     """
 
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
     of_constant_rates: ClassVar[bool] = True
 
     def __init__(self, average_from: int = 0, every_n_steps: int | None = None, at: Any = None) -> None:

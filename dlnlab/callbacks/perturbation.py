@@ -30,6 +30,8 @@ class Perturbation(Measurement):
         optimizer = getattr(model, "_optimizer", None)
         if not isinstance(model, LinearNetwork) or not isinstance(optimizer, GainSGD) or len(optimizer.pairs) != 1:
             raise ValueError("Perturbation: needs a network whose parameters are one pair of factors, and GainSGD")
+        if not callable(reason := model.variables()["gain"]):
+            raise ValueError(f"Perturbation: the gain of {type(model).__name__} is not defined: {reason}")
 
     def measure(self, model: LinearNetwork, batch: Any) -> dict[str, Tensor]:
         """beta~_0, (E, D)."""

@@ -1,6 +1,6 @@
 """SgdNoise: the covariance of SGD's noise against that of stochastic gradient flow."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class SgdNoise(Measurement):
     Reference:
         pesme2021 (the model; that mean residuals replace each row's own is derived here).
     """
+
+    of_squared_loss: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Raise ValueError for a module without a linear predictor of one output."""

@@ -1,6 +1,6 @@
 """ShallowTheory: does gradient descent on a^T b obey its exact laws, and how much flatter than the flow does it end?"""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class ShallowTheory(Measurement):
     Reference:
         beneventano2025 (the imbalance, Theorem 1's condition); the laws, the bound and the lines: derived here.
     """
+
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Raise ValueError where the laws say nothing."""
@@ -124,6 +127,8 @@ class LyapunovExponent(Measurement):
         Derived here (`theory.shallow.lyapunov_exponent`).
     """
 
+    of_squared_loss: ClassVar[bool] = True
+    of_product: ClassVar[bool] = True
     last_only = True
 
     def __init__(self, num_steps: int = 5000, every_n_steps: int | None = None, at: Any = None) -> None:

@@ -126,7 +126,8 @@ class Factors:
             (self.w_plus, low_plus, self.initial_plus, self.log_plus, self.product_plus),
             (self.w_minus, low_minus, self.initial_minus, self.log_minus, self.product_minus),
         ):
-            low &= (initial != 0) & (product != 0)  # a factor that starts at zero, or is multiplied by it, stays there
+            # A factor that starts at zero, or is multiplied by it, stays there; a product that is NaN says nothing.
+            low &= (initial != 0) & (product.abs() > 0)
             if low.any():
                 size = torch.exp(torch.log(initial.abs()) + self.log_decay + log_abs()).clamp(min=floor)
                 sign = torch.where((initial < 0) ^ (product < 0), -1.0, 1.0)
@@ -194,4 +195,5 @@ class Factors:
         error = (torch.log(w_plus) + way * torch.log(w_minus) - exact).abs()
         near = floors(self.w_plus.dtype)[1]
         usable = (w_plus > near) & (w_minus > near) & torch.isfinite(error)
-        return torch.where(usable, error, 0.0).amax(-1)
+        undefined = self.product_plus.isnan()  # the loss is no function of the product (`PairOptimizer.undefine`)
+        return torch.where(usable, error, torch.where(undefined, torch.nan, 0.0)).amax(-1)

@@ -18,7 +18,9 @@ Whatever sizes are not given come from the data:
 
 It inherits everything else: `losses(batch)` -> (G,), mini-batches, the optimizer, true steps, the guard, records,
 checkpoints. It may add `advance_closed_form` where its updates need no autograd (see `DiagonalLinearNetwork`), its own
-hyperparameters as axes (name them in `axes`, read them with `per_member`), and its own variables (`variables`).
+hyperparameters as axes (name them in `axes`, read them with `per_member`), and its own variables (`variables`). Its own
+`losses`, or a predictor that is no product of factors, take nothing away but the formulas of theory that are about the
+squared loss, or about the product: they are refused unless `squared_loss_refusal` and `product_refusal` let them through.
 
 **Members never influence each other.** The loss that is differentiated is the sum over members; they share no parameter.
 The compiled kernels give a member the same bits alone, in any company and in any order. Where batched products of torch or
@@ -76,6 +78,9 @@ _COPIES = 16
 _ERROR_COPIES = 4
 """Of every member's error on every row: a full batch's predictions. Measured."""
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+_LOSS = ("losses", "training_step", "batches")
+"""Methods that say what is minimised. Closed forms and formulas stand for those of the class they are written for."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,9 @@ class LinearNetwork(LightningModule):
         self._provisional: dict[str, Any] = {}
         """Members that `end` has stopped, and their state before."""
         self._optimizer: Optimizer | None = None
+        self._optimizer_axes: list[str] = []
+        """The ensemble's axes that are the optimizer's own, beside lr and weight decay."""
+        self._gain_refusal: str | None = None
         self._fitted_by: Any = None
         self._seconds_per_step, self._shortest_chunk = 0.0, math.inf
         self._sampled: dict[int, tuple[int, Tensor]] = {}
@@ -272,16 +280,39 @@ class LinearNetwork(LightningModule):
 
     def closed_form_refusal(self) -> str | None:
         """Why the closed form does not apply to this model as it is set up, or None if it does."""
-        order = {cls: i for i, cls in enumerate(type(self).__mro__)}
-        home = {name: next(c for c in order if name in vars(c)) for name in ("advance_closed_form", *_LAW)}
-        if home["advance_closed_form"] is LinearNetwork:
+        home = next(cls for cls in type(self).__mro__ if "advance_closed_form" in vars(cls))
+        if home is LinearNetwork:
             return f"{type(self).__name__} has no closed form"
-        changed = [name for name in _LAW if order[home[name]] < order[home["advance_closed_form"]]]
-        if changed:
-            return f"{type(self).__name__} has its own {', '.join(changed)}"
+        if (changed := self.changed_since(home, ("predictor", *_LOSS))) is not None:
+            return changed
         if type(self._optimizer) not in self.closed_form_optimizers:
             return f"the optimizer is {type(self._optimizer).__name__}"
         return None
+
+    def changed_since(self, cls: type, names: Iterable[str] = _LOSS) -> str | None:
+        """Which methods of a class this model's own class has replaced, as a sentence; None if none of them.
+
+        Args:
+            cls: A class it derives from.
+            names: The methods that count; by default those that say what is minimised.
+        """
+        changed = [name for name in names if getattr(type(self), name) is not getattr(cls, name)]
+        return f"{type(self).__name__} has its own {', '.join(changed)}" if changed else None
+
+    def squared_loss_refusal(self) -> str | None:
+        """Why the loss is not the squared loss |X beta - y|^2/(2B), or None if it is.
+
+        Every formula of theory that is about this loss asks here. A subclass with `losses` (or `batches`, or
+        `training_step`) of its own has another one, unless it overrides this method as well and returns None.
+        """
+        return self.changed_since(LinearNetwork)
+
+    def product_refusal(self) -> str | None:
+        """Why beta is not the product of the one pair of factors in `parameter_groups`, or None if it is.
+
+        Every formula of theory that is about such a network asks here. A subclass that is one overrides this method.
+        """
+        return f"{type(self).__name__} does not say that its predictor is the product of a pair of factors"
 
     @property
     def path(self) -> str:
@@ -335,10 +366,8 @@ class LinearNetwork(LightningModule):
                 f"{type(data).__name__ if data is not None else 'none'}"
             )
         device = self.trainer.strategy.root_device
-        unknown = set(self.ensemble.axes) - {"seed", *self.axes, *data.axes}
-        if unknown:
-            known = sorted({"seed", *self.axes, *data.axes})
-            raise ValueError(f"ensemble.{min(unknown)}: no such axis; the axes here are {', '.join(known)}")
+        known = {"seed", *self.axes, *data.axes}
+        self._optimizer_axes = [name for name in self.ensemble.axes if name not in known]
         self.problems = data.problems.to(self.number_type)
         self.problem_index = data.data_index.to(device)
         if not list(self.parameters()):
@@ -349,6 +378,8 @@ class LinearNetwork(LightningModule):
                 self.build(*sizes)
         self.to(device=device, dtype=self.number_type)
         self._check_shapes()
+        if self._optimizer_axes:
+            self._make_optimizer(known)
         self._check_memory(sum(parameter.numel() for parameter in self.parameters()) // self.num_members, device)
         sizes = self.per_member("batch_size")
         for size in sizes:
@@ -440,28 +471,38 @@ class LinearNetwork(LightningModule):
         self._has_noise = bool((self._noise_std > 0).any())
         self._sampled, self._batches = {}, self.kernel_batches()
 
-    def _build_optimizer(self) -> Optimizer:
+    def _make_optimizer(self, known: Iterable[str] = ()) -> Optimizer:
+        """The optimizer with those of its hyperparameters that are axes of the ensemble.
+
+        Args:
+            known: The axes that are not the optimizer's, for the message about one that is nobody's.
+        """
         given: dict[str, Any] = {}
-        if "lr" in self.ensemble.axes:
-            given["lr"] = self.ensemble.lr.double().to(self.device)
-        if "weight_decay" in self.ensemble.axes:
-            given["weight_decay"] = self.ensemble.weight_decay.double().to(self.device)
+        for name in self.ensemble.axes:
+            if name in ("lr", "weight_decay", *self._optimizer_axes):
+                try:
+                    given[name] = torch.tensor(self.ensemble.values(name), dtype=torch.float64, device=self.device)
+                except (TypeError, ValueError):
+                    given[name] = None
+        numbers = {name: value for name, value in given.items() if value is not None and value.ndim == 1}
         try:
             # Where a factory is a partial of a class, its own `lr` is the one in force.
-            optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(given))
+            optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(numbers))
         except TypeError as error:
             unknown = [name for name in given if f"unexpected keyword argument {name!r}" in str(error)]
             if not unknown:
                 raise
+            if unknown[0] in self._optimizer_axes:
+                raise ValueError(self._no_such_axis(unknown[0], known)) from error
             raise ValueError(f"ensemble.{unknown[0]}: this optimizer takes no {unknown[0]}") from error
         except (ValueError, RuntimeError) as error:
             # What torch says of a vector lr, and of any other vector that it compares with a number.
             refusals = ("Tensor lr must be 1-element", "Boolean value of Tensor")
-            vectors = [name for name, value in given.items() if len(set(value.tolist())) > 1]
+            vectors = [name for name, value in numbers.items() if len(set(value.tolist())) > 1]
             if vectors and any(refusal in str(error) for refusal in refusals):
+                other = "; use GainSGD, which takes one per member" if vectors[0] in GainSGD.axes else ""
                 raise ValueError(
-                    f"ensemble.{vectors[0]}: this optimizer takes one {vectors[0]} for all members; use GainSGD, which "
-                    "takes one per member"
+                    f"ensemble.{vectors[0]}: this optimizer takes one {vectors[0]} for all members{other}"
                 ) from error
             raise
         if not isinstance(optimizer, Optimizer):
@@ -470,19 +511,32 @@ class LinearNetwork(LightningModule):
         if closure is not None and closure.default is closure.empty and not isinstance(optimizer, _FLOWS):
             raise ValueError(f"optimizer: {type(optimizer).__name__} takes several losses a step, one is computed here")
         vectors = getattr(optimizer, "axes", ())
-        scaled = bool((self.unit != 1).any())
-        for group in optimizer.param_groups:
-            if scaled:
-                if "lr" not in vectors:
+        for name in given:
+            if name in self._optimizer_axes and name not in (*vectors, *optimizer.defaults):
+                raise ValueError(self._no_such_axis(name, (*known, *vectors)))
+            if name not in numbers:
+                raise ValueError(f"ensemble.{name} = {checks.shown(self.ensemble.axes[name])}: must be numbers")
+            if name not in vectors and len(set(numbers[name].tolist())) > 1:
+                raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
+        return optimizer
+
+    def _no_such_axis(self, name: str, known: Iterable[str]) -> str:
+        factory = self.make_optimizer
+        makers = [factory, getattr(factory, "func", None), *getattr(factory, "args", ())]  # what a partial wraps
+        axes = {axis for maker in makers if isinstance(maker, type) for axis in getattr(maker, "axes", ())}
+        return f"ensemble.{name}: no such axis; the axes here are {', '.join(sorted({*known, *axes}))}"
+
+    def _build_optimizer(self) -> Optimizer:
+        optimizer = self._make_optimizer()
+        if bool((self.unit != 1).any()):
+            for group in optimizer.param_groups:
+                if "lr" not in getattr(optimizer, "axes", ()):
                     raise ValueError(
                         f"lr_unit = {self.lr_unit}: {type(optimizer).__name__} takes one lr for all members"
                     )
                 if "lr" in group:
                     lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.device)
                     group["lr"] = lr * self.unit.double()
-        for name in given:
-            if name not in vectors and len(set(given[name].tolist())) > 1:
-                raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         if isinstance(optimizer, StochasticGradientFlow):
             optimizer.keys = streams.keys(self.ensemble.root, "flow", self.ensemble.seed.to(self.device))
         if self.programme:
@@ -524,6 +578,43 @@ class LinearNetwork(LightningModule):
         self.diverged_by.zero_()
         self._at, self._elapsed = 0, np.zeros_like(self._elapsed)
         self._arrive(0)
+        self._look_at_pairs()
+
+    def _look_at_pairs(self) -> None:
+        """Find the members whose loss is no function of the product of their factors, before a gain is recorded.
+
+        The gradients near the start tell, where no factor is zero and no two are equal. The closed forms need no look.
+        """
+        optimizer, self._gain_refusal = self._optimizer, None
+        pairs = optimizer.pairs if isinstance(optimizer, GainSGD | GradientFlow) else []
+        if not pairs or self.closed_form_refusal() is None:
+            return
+        factors = [factor for group in pairs for factor in group["params"]]
+        before = [factor.detach().clone() for factor in factors]
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for factor in factors:  # the same for every member, in units of its own largest entry
+                    scale = _largest([factor]).view(-1, *[1] * (factor.ndim - 1))
+                    away = 0.1 * (1 + torch.rand(factor.shape[1:], generator=generator, dtype=torch.float64))
+                    factor.add_(torch.where(scale == 0, 1, scale) * away.to(factor))
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                self._differentiate(0, torch.arange(self.num_members, device=self.device))
+            for group in pairs:
+                gradients = [factor.grad for factor in group["params"] if factor.grad is not None]
+                if gradients:
+                    # A flow has no step size: then a step as long as the factors themselves.
+                    lr = group["lr"] if "lr" in group else _largest(group["params"]) / _largest(gradients)
+                    optimizer.gradient(group, lr)
+        except Exception:
+            return
+        finally:
+            optimizer.zero_grad()
+            for factor, value in zip(factors, before, strict=True):
+                factor.data.copy_(value)
+        undefined = [optimizer.undefined(group).reshape(self.num_members, -1).any(1) for group in pairs]
+        if bool(torch.stack(undefined).any(0).all()):
+            self._gain_refusal = f"the loss of {type(self).__name__} is no function of the product of its factors"
 
     def inherit(self, status: Tensor, stopped_at: Tensor) -> None:
         """Let members stay diverged that had diverged in the run whose parameters they start from.
@@ -967,6 +1058,8 @@ class LinearNetwork(LightningModule):
         pairs = getattr(self._optimizer, "pairs", [])
         if len(pairs) != 1:
             return f"{type(self).__name__} has {len(pairs) or 'no'} pairs of factors"
+        if self._gain_refusal is not None and name != "imbalance":
+            return self._gain_refusal
         return lambda: getattr(self._optimizer, name)
 
     def invariant_tolerance(self, step: int) -> float:
@@ -1115,13 +1208,15 @@ SCHEDULED = ("scheduled_lr", "scheduled_weight_decay", "scheduled_batch_size")
 
 _FLOWS = (GradientFlow, StochasticGradientFlow)
 
-_LAW = ("predictor", "losses", "training_step", "batches")
-"""Methods that a closed form stands for: a subclass with its own takes the generic path."""
-
 
 def stack_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """[{name: (E, ...)}] -> {name: (T, E, ...)}."""
     return {name: torch.stack([record[name] for record in records]) for name in records[0]} if records else {}
+
+
+def _largest(tensors: list[Tensor]) -> Tensor:
+    """The largest magnitude among each member's entries, (E,)."""
+    return torch.stack([tensor.detach().reshape(len(tensor), -1).abs().amax(1) for tensor in tensors]).amax(0)
 
 
 def _of_group(optimizer: Optimizer, name: str, num_members: int, present: bool = False) -> Tensor:

@@ -78,7 +78,7 @@ class DeepLinearNetwork(LinearNetwork):
         self.init_rank = None if init_rank is None else checks.integer("init_rank", init_rank, at_least=1)
         self.init_matrix = None if init_matrix is None else _matrix(init_matrix)
         self.reduction = checks.one_of("reduction", reduction, REDUCTIONS)
-        self.half = checks.flag("half", half)
+        self.halved = checks.flag("half", half)  # `half` is a method of every torch module
         self.weights = ParameterList()
         self._kernel: Any = None
         self._minimised = False
@@ -219,7 +219,14 @@ class DeepLinearNetwork(LinearNetwork):
 
     def _scaled(self, batch: Batch, half_means: Tensor) -> Tensor:
         count = batch.y.shape[1] if self.reduction == "sum" else 1
-        return half_means * (count if self.half else 2 * count)
+        return half_means * (count if self.halved else 2 * count)
+
+    def squared_loss_refusal(self) -> str | None:
+        """See `LinearNetwork.squared_loss_refusal`; with `half`, the mean is that loss."""
+        changed = self.changed_since(DeepLinearNetwork)
+        if changed is not None or (self.halved and self.reduction == "mean"):
+            return changed
+        return f"half = {self.halved}, reduction = {self.reduction} is another multiple of it (half: true, reduction: mean)"
 
     # The closed form --------------------------------------------------------------------------------------------------
 
@@ -278,7 +285,7 @@ class DeepLinearNetwork(LinearNetwork):
 
     @property
     def _entry_loss(self) -> EntryLoss:
-        return EntryLoss(0.5 if self.half else 1.0, self.reduction == "mean")
+        return EntryLoss(0.5 if self.halved else 1.0, self.reduction == "mean")
 
     def _advance_compiled(self, start: int, stop: int, guard: Guard | None) -> int:
         """In one call of the device's kernel, guard included; returns the steps taken."""

@@ -120,6 +120,10 @@ class DiagonalLinearNetwork(LinearNetwork):
         """See `LinearNetwork.unit_of_lr`."""
         if self.lr_unit not in ("flow_edge", "mean_square_edge"):
             return super().unit_of_lr()
+        if (reason := self.squared_loss_refusal() or self.product_refusal()) is not None:
+            raise ValueError(
+                f"lr_unit = {self.lr_unit}: is of the squared loss and beta = u*v, but {reason}; use one or max_row"
+            )
         # As the members begin; those that agree in all that the edge depends on share it.
         names = ["problem", "init", "on_support"]
         if self.lr_unit == "mean_square_edge":
@@ -167,6 +171,10 @@ class DiagonalLinearNetwork(LinearNetwork):
             alpha = parameters["w_plus"].abs().sqrt() * parameters["w_minus"].abs().sqrt()
             parameters = {**parameters, "w_plus": alpha, "w_minus": alpha}
         super().start_from(parameters)
+
+    def product_refusal(self) -> str | None:
+        """See `LinearNetwork.product_refusal`."""
+        return self.changed_since(DiagonalLinearNetwork, ("predictor", "parameter_groups"))
 
     def closed_form_refusal(self) -> str | None:
         """As `LinearNetwork.closed_form_refusal`; a flow with weight decay has none."""

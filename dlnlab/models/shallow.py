@@ -168,7 +168,13 @@ class ShallowLinearNetwork(LinearNetwork):
             return super().unit_of_lr()
         if self.no_target is not None:
             raise ValueError(f"lr_unit = flow_edge: {self.no_target}")
+        if (reason := self.squared_loss_refusal() or self.product_refusal()) is not None:
+            raise ValueError(f"lr_unit = flow_edge: is of the squared loss of a^T b, but {reason}; use one or max_row")
         return 2 / shallow.norm_squared_at(self.target, shallow.spread(self.p.detach(), self.m.detach()))
+
+    def product_refusal(self) -> str | None:
+        """See `LinearNetwork.product_refusal`; beta is the product a^T b."""
+        return self.changed_since(ShallowLinearNetwork, ("predictor", "parameter_groups"))
 
     # The closed form --------------------------------------------------------------------------------------------------
 

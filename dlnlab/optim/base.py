@@ -5,6 +5,7 @@ A pair (u, v) of parameters stands for its product u*v, or, in the form `squares
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch.optim import Optimizer
 from dlnlab import checks
 
 FORMS = ("product", "squares")
+
+_ROUNDINGS = {64: 1024, 32: 16}
+"""Units in the last place, of itself and of its factors, by which a step may be off the form g (v, u), by bits. Autograd
+stays within 3 where sums over rows cancel, and within 0.3 otherwise (measured). float64 has room for losses whose terms
+cancel a thousandfold; in float32 so much would hide a weak penalty."""
 
 
 class PairOptimizer(Optimizer):
@@ -33,13 +39,19 @@ class PairOptimizer(Optimizer):
     axes: tuple[str, ...] = ()
     """The arguments that may be axes of the ensemble: tensors with one entry per member."""
 
-    carried: tuple[str, ...] = ("num_steps",)
+    carried: tuple[str, ...] = ("num_steps", "notice", "_warned")
     """Attributes that go with a copy; torch copies and pickles only what it knows of."""
+
+    of_the_product: tuple[str, ...] = ()
+    """Those of a pair's tensors that have no meaning unless the loss is a function of the product; then they are NaN."""
 
     def __init__(self, pairs: Iterable, defaults: dict[str, Any], form: str) -> None:
         checks.one_of("form", form, FORMS)
         groups = [_as_group(entry, form) for entry in pairs]
         self.num_steps = 0
+        self.notice: str | None = None
+        """What there is to say of pairs whose gain is not defined; said once, by the next step."""
+        self._warned = False
         super().__init__(groups, {**defaults, "form": None})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -68,6 +80,64 @@ class PairOptimizer(Optimizer):
         """A pair's w+, w-; in the form `squares` they share memory with the parameters."""
         u, v = (parameter.detach() for parameter in group["params"])
         return rotate(u, v) if group["form"] == "product" else (u, v)
+
+    def gradient(self, group: dict[str, Any], lr: Any) -> Tensor:
+        """The gradient g in a pair's product, after marking the pair as `undefined` where there is none.
+
+        Where the loss is a function of the product, the gradients of u and v are g (v, u) (`squares`: those of w+ and w-
+        are g (w+, -w-)) up to rounding. What is across that direction counts as rounding as long as a step along it
+        would be lost in the factors, or in the step as a whole.
+
+        Args:
+            group: A pair.
+            lr: The size of the step, a number or a tensor (E,).
+
+        Returns:
+            g, of the factors' shape; of gradients that are not of this form, what lies along it.
+        """
+        (u, v), squares = group["params"], group["form"] == "squares"
+        grad_u, grad_v = (torch.zeros_like(p) if p.grad is None else p.grad for p in (u, v))
+        largest = torch.maximum(u.abs(), v.abs())
+        safe = torch.where(largest == 0, 1, largest)  # divided out, so that u^2 + v^2 cannot underflow
+        a, b = u / safe, v / safe
+        apart, crossed = grad_u * a - grad_v * b, grad_u * b + grad_v * a
+        along, across = (apart, crossed) if squares else (crossed, apart)
+        size, lr = grad_u.abs() + grad_v.abs(), per_member(lr, u)
+        across = torch.where(largest == 0, size, across.abs())  # factors that are both zero have no gradient
+        limits = torch.finfo(u.dtype)
+        off = lr * across > _ROUNDINGS.get(limits.bits, 16) * limits.eps * (largest + lr * size)
+        if bool(off.any()):
+            self.undefine(group, off)
+        return along / (safe * (a * a + b * b).clamp(min=0.5))
+
+    def undefine(self, group: dict[str, Any], where: Tensor) -> None:
+        """Mark a pair as one whose product the loss is no function of, from now on.
+
+        Args:
+            group: A pair.
+            where: Boolean, of the factors' shape; each leading index (member) in which it holds anywhere is marked.
+        """
+        members = where if where.ndim < 2 else where.flatten(1).any(1)
+        for name in self.of_the_product:
+            self.state[group["params"][0]][name][members] = math.nan
+        if self.notice is None:
+            which = f" (leading indices {_listed(members)})" if members.ndim and not members.all() else ""
+            form = "g (w+, -w-)" if group["form"] == "squares" else "g (v, u)"
+            self.notice = (
+                f"{type(self).__name__}: the gradients of a pair of factors{which} are not of the form {form}, so the loss "
+                "is no function of the pair's product: its gain and effective initialisation are not defined and are NaN; "
+                "its steps are those of plain gradient descent"
+            )
+
+    def undefined(self, group: dict[str, Any]) -> Tensor:
+        """Where what is stated of a pair's product is not defined, boolean, of the factors' shape."""
+        return self.state[group["params"][0]][self.of_the_product[0]].isnan()
+
+    def warn(self) -> None:
+        """Say once, at a step, what `undefine` has marked."""
+        if self.notice is not None and not self._warned:
+            self._warned = True
+            warnings.warn(self.notice, stacklevel=5)  # past the wrappers that torch puts around `step`
 
     def of_pairs(self, quantity: Callable[[dict[str, Any]], Tensor], name: str) -> Any:
         """One value per pair of factors: the value itself where there is one pair, else a list."""
@@ -116,6 +186,12 @@ class PairOptimizer(Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _listed(where: Tensor, most: int = 8) -> str:
+    """The indices of a boolean vector's true entries."""
+    found = torch.nonzero(where).squeeze(1).tolist()
+    return ", ".join(map(str, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def log_start(plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,11 @@ class GainSGD(PairOptimizer):
     optimizer works for any model whose parameters come in such pairs. With weight decay the argument of q is
     gamma g/(1 - 2 gamma kappa).
 
+    Every step is the plain step of gradient descent, whatever the loss. The gain is defined where the loss is a function
+    of the product, so that the factors' gradients are g (v, u), or g (w_+, -w_-), up to rounding. For a pair (of each
+    member) whose gradients are not, as under a penalty on one factor, it is not defined from that step on: the optimizer
+    warns once, and the gains and `effective_init` are NaN.
+
     The gain is a product of up to 32 factors at a time with an exact binary exponent (`dlnlab.kernels.factors`): its
     error is about 1e-16 sqrt(number of steps) absolute, at the edge of stability and beyond a gain of thousands too.
     A coordinate whose two factors both reach |w| < 1e-138 (float64) is held there; the gain goes on.
@@ -52,6 +57,7 @@ class GainSGD(PairOptimizer):
     """
 
     axes = ("lr", "weight_decay")
+    of_the_product = ("product_plus", "product_minus")
 
     def __init__(
         self,
@@ -100,27 +106,24 @@ class GainSGD(PairOptimizer):
                 loss = closure()
         self.num_steps += 1
         for group in self.param_groups:
-            if group["form"] is None:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        lr, keep = _step_sizes(group, parameter)
-                        parameter.sub_(lr * parameter.grad) if keep is None else parameter.mul_(keep).sub_(
-                            lr * parameter.grad
-                        )
-            elif group["params"][0].grad is not None:
+            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["form"] is None or len(with_gradient) == 1:  # of a pair, where one factor does not move
+                for parameter in with_gradient:
+                    parameter.copy_(_descended(parameter, *_step_sizes(group, parameter)))
+                if group["form"] is not None:
+                    self.undefine(group, torch.ones_like(group["params"][0], dtype=torch.bool))
+            elif with_gradient:
                 self._step_pair(group)
+        self.warn()
         return loss
 
     def _step_pair(self, group: dict[str, Any]) -> None:
         u, v = group["params"]
         lr, keep = _step_sizes(group, u)
-        largest = torch.maximum(u.abs(), v.abs())
-        safe = torch.where(largest == 0, 1, largest)  # divided out, so that u^2 + v^2 cannot underflow
-        a, b = u / safe, v / safe
-        if group["form"] == "product":
-            g = (u.grad * b + v.grad * a) / (safe * (a * a + b * b).clamp(min=0.5))
-        else:
-            g = (u.grad * a - v.grad * b) / (safe * (a * a + b * b).clamp(min=0.5))
+        g = self.gradient(group, group["lr"])
+        undefined, plain = self.undefined(group), None
+        if bool(undefined.any()):
+            plain = [_descended(parameter, lr, keep) for parameter in (u, v)]
         x = lr * g if keep is None else lr * g / keep
         factors = self.factors(group)
         if group["form"] == "squares":
@@ -130,6 +133,9 @@ class GainSGD(PairOptimizer):
             new_u, new_v = u - x * v, v - x * u
             u.copy_(new_u if keep is None else keep * new_u)
             v.copy_(new_v if keep is None else keep * new_v)
+        if plain is not None:
+            for parameter, value in zip((u, v), plain, strict=True):
+                parameter.copy_(torch.where(undefined, value, parameter))
         if self.num_steps % PERIOD == 0:
             if group["form"] == "product":
                 factors = self.factors(group)
@@ -182,6 +188,11 @@ class GainSGD(PairOptimizer):
     def time(self) -> Any:
         """Steps times step size, a number or a tensor (E,)."""
         return self.num_steps * self.param_groups[0]["lr"]
+
+
+def _descended(parameter: Tensor, lr: Tensor, keep: Tensor | None) -> Tensor:
+    """A parameter after a plain step of gradient descent."""
+    return (parameter if keep is None else keep * parameter) - lr * parameter.grad
 
 
 def _step_sizes(group: dict[str, Any], parameter: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -60,6 +60,7 @@ class GradientFlow(PairOptimizer):
     """
 
     axes = ("weight_decay", "lr")
+    of_the_product = ("initial_plus", "initial_minus")
     carried = (*PairOptimizer.carried, "times", "tol", "loss_integral", "substeps")
 
     def __init__(
@@ -107,13 +108,17 @@ class GradientFlow(PairOptimizer):
 
     @property
     def effective_init(self) -> Any:
-        """alpha, which the flow conserves: sqrt|w+ w-| at time 0; a list where there are several pairs."""
+        """The flow's alpha exp(-2 kappa t), alpha = sqrt|w+ w-| at time 0; a list where there are several pairs.
+
+        NaN where the loss is no function of the pair's product.
+        """
         return self.of_pairs(lambda group: torch.exp(self.mirror(group)[0]), "effective_init")
 
     def mirror(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A pair's `log_effective_init` and `mirror_shift`: those of the start."""
+        """A pair's `log_effective_init` and `mirror_shift`: those of the start, but for what weight decay does."""
         initial = self.state[group["params"][0]]
-        return log_start(initial["initial_plus"], initial["initial_minus"])
+        log_alpha, shift = log_start(initial["initial_plus"], initial["initial_minus"])
+        return log_alpha - 2 * self.time * per_member(group["weight_decay"], log_alpha), shift
 
     def step(self, closure: Callable[[], Tensor]) -> None:
         """Go to the next time.
@@ -131,6 +136,7 @@ class GradientFlow(PairOptimizer):
         with torch.no_grad():
             self._integrate(closure, now, end)
         self.num_steps += 1
+        self.warn()
 
     # The generic integrator -------------------------------------------------------------------------------------------
 
@@ -158,6 +164,8 @@ class GradientFlow(PairOptimizer):
             ratio = error / (tol * torch.maximum(at.abs(), trial.abs()).amax(-1))
             ratio = torch.where(h == 0, 0.0, torch.nan_to_num(ratio, nan=math.inf, posinf=math.inf))
             good = ratio <= 1
+            for group in self.pairs:  # the last gradients are those at the end of the step
+                self.gradient(group, torch.where(good, h, 0.0))
             gained = h * (rule["B"] @ heights[:_STAGES])
             self.loss_integral = torch.where(good, self.loss_integral + gained, self.loss_integral)
             time = torch.where(good, torch.where(h == end - time, end, time + h), time)
