@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +38,7 @@ from dlnlab.models import LinearNetwork
 from dlnlab.results import HEADER, load_results, verify_segments
 from dlnlab.run_directory import claim, empty, give_back
 from dlnlab.start import Start
+from dlnlab.tables import TableWarning
 
 _LOGS = "lightning_logs"
 _CKPT_PATH = {
@@ -92,6 +93,9 @@ class Run(LightningCLI):
             parser_kwargs={**patient, self.command: patient},
             args=argv,
         )
+
+    guesses: Sequence[str] = ()
+    """What was guessed about the tables that were read."""
 
     # Parsing ----------------------------------------------------------------------------------------------------------
 
@@ -237,8 +241,13 @@ class Run(LightningCLI):
         if datamodule is not None:
             datamodule.trainer, trainer.datamodule = trainer, datamodule
             if isinstance(datamodule, SyntheticData):
-                with about("data", type(datamodule), self.ensemble.axes):
+                with (
+                    about("data", type(datamodule), self.ensemble.axes, ("path", datamodule.source)),
+                    warnings.catch_warnings(record=True) as heard,
+                ):
+                    warnings.simplefilter("always", TableWarning)
                     datamodule.setup(self.subcommand)
+                self.guesses = [str(warning.message) for warning in heard]
         if isinstance(model, LinearNetwork):
             with about("model", type(model), self.ensemble.axes):
                 model.setup(self.subcommand)

@@ -7,12 +7,14 @@ import random
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 import yaml
@@ -28,6 +30,7 @@ from dlnlab.fitting import quiet, without_noise
 from dlnlab.messages import explain
 from dlnlab.models import DiagonalLinearNetwork, LinearNetwork
 from dlnlab.study import Study
+from dlnlab.tables import TableWarning
 
 Config = str | Path | Mapping[str, Any]
 
@@ -115,7 +118,10 @@ def run_all(
             raise ValueError(message) from None  # the parser's own traceback is of no help
         with without_noise():
             study.carry_out()
-        return study.results()
+        results = study.results()
+    for guess in study.guesses():
+        warnings.warn(guess, TableWarning, stacklevel=3)
+    return results
 
 
 def simulate(
@@ -135,8 +141,9 @@ def simulate(
     """Train a linear network on your own arrays and return what was recorded; nothing is written or printed.
 
     Args:
-        X: Inputs (N, D), a NumPy array, tensor or nested list.
-        y: Targets (N,), or (N, K) for a model with K outputs.
+        X: Inputs (N, D): a NumPy array, tensor, pandas or xarray object, sparse matrix or nested list. Masked, missing
+            and complex entries are refused. Labels are compared and rows are matched by position.
+        y: Targets (N,) or (N, 1), or (N, K) for a model with K outputs.
         steps: Optimizer steps.
         model: A `LinearNetwork` subclass, or anything that makes a model from `ensemble=`: to give arguments that are
             no hyperparameters, `functools.partial(DiagonalLinearNetwork, dtype="float32")`.
@@ -202,8 +209,8 @@ def _text(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value as it would be read from a config."""
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return value.tolist()
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor | pd.Series | pd.Index | xr.DataArray):
+        return value.values.tolist() if isinstance(value, xr.DataArray) else value.tolist()
     if isinstance(value, range):
         return list(value)
     if isinstance(value, Path):

@@ -85,13 +85,17 @@ def explain(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def about(section: str, kind: type | None = None, axes: Collection[str] = ()) -> Iterator[None]:
+def about(
+    section: str, kind: type | None = None, axes: Collection[str] = (), file: tuple[str, str] | None = None
+) -> Iterator[None]:
     """Name the key in any error raised inside.
 
     Args:
         section: The part of the config that is being set up.
         kind: The class that was chosen there; a message that begins with one of its arguments is about that key.
         axes: Those of the ensemble; a message that begins with one is about that axis.
+        file: A key and the file it names; a message that begins with the file is about that key, whatever the file is
+            called (`target.csv` is no argument `target`).
 
     Raises:
         Mistake: In the place of the error.
@@ -101,7 +105,7 @@ def about(section: str, kind: type | None = None, axes: Collection[str] = ()) ->
     except Mistake:
         raise
     except Exception as error:
-        raise Mistake(_located(error, section, kind, axes)) from error
+        raise Mistake(_located(error, section, kind, axes, file)) from error
 
 
 def home(kind: type) -> str:
@@ -109,14 +113,18 @@ def home(kind: type) -> str:
     return next((section for base, section in _HOMES if issubclass(kind, base)), "config")
 
 
-def _located(error: Exception, section: str, kind: type | None, axes: Collection[str]) -> str:
+def _located(
+    error: Exception, section: str, kind: type | None, axes: Collection[str], file: tuple[str, str] | None
+) -> str:
     text = _brief(error)
+    if file is not None and file[1] and text.startswith(file[1]):
+        return f"{section}.init_args.{file[0]}: {text}"
     if isinstance(error, NotImplementedError) and kind is not None:
         text = f"{kind.__name__} does not define `{traceback.extract_tb(error.__traceback__)[-1].name}`"
     if re.match(rf"({'|'.join(SECTIONS)})(\.|\[|: | = )", text):
         return text
     word = re.match(r"\w*(?=\.| = |: |\[)", text)
-    word = word[0] if word else ""
+    word = word[0] if word and getattr(error, "filename", None) is None else ""
     if word and word in axes:
         return f"ensemble.{text}"
     if kind is None:

@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
             traceback.print_exc()
         print(f"dlnlab {command}: {explain(error)}", file=sys.stderr)
         return 2
-    for reason in study.slow():
-        print(f"dlnlab {command}: {reason}", file=sys.stderr)
+    for remark in (*study.guesses(), *study.slow()):
+        print(f"dlnlab {command}: {remark}", file=sys.stderr)
     try:
         with without_noise():
             study.carry_out()
@@ -228,6 +228,10 @@ class Study:
     def results(self) -> dict[str, xr.Dataset]:
         """What the runs of a fit have recorded: `main`, then the variants in the order written."""
         return {name: self.runs[name].results() for name in (MAIN, *self.after)}
+
+    def guesses(self) -> list[str]:
+        """What was guessed about the tables that the runs read, each guess once."""
+        return list(dict.fromkeys(guess for run in self.runs.values() for guess in run.guesses))
 
     def slow(self) -> Iterator[str]:
         """Why runs do not take the closed form, of those that do not."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from itertools import combinations_with_replacement
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dlnlab import checks
 from dlnlab.data.base import SyntheticData
 from dlnlab.streams import Stream
-from dlnlab.tables import Table, read_table
+from dlnlab.tables import Table, TableWarning, read_table
 
 EXPANSIONS = ("polynomial", "random_features")
 
@@ -24,13 +25,19 @@ class TabularRegression(SyntheticData):
     its standard deviation, so a test loss of 0.5 is about that of always predicting the mean.
 
     Args:
-        path: A .csv, .tsv, .parquet (needs `dlnlab[parquet]`), .npz or .pt file; None is the diabetes table (442 rows,
-            10 features), which needs `dlnlab[examples]`. A .csv needs no header: a first row of numbers alone is data.
-            A .npz or .pt file holds arrays `X` (N, D) and `y` (N,) or (N, K). Pickled objects are never loaded.
+        path: A text table (.csv, .tsv, .txt, .data, .dat), .parquet (needs `dlnlab[parquet]`), .npz or .pt file, with .gz
+            after it where it is packed; None is the diabetes table (442 rows, 10 features), which needs `dlnlab[examples]`.
+            A .npz or .pt file holds arrays `X` (N, D) and `y` (N,), (N, 1) or (N, K). Pickled objects are never loaded.
         target: Name or number (from 0, -1 is the last) of the column to predict; in .npz and .pt files the name of its
-            array. None is the last column, or `y`.
+            array. A number counts columns, whatever they are called; a name made of digits that is also a column's number
+            needs quotes of its own, '"1"'. None is the last column that has a name, or `y`.
         features: Names or numbers of the columns to predict from; where the file has an array `X`, numbers count its
-            columns. None is those of `X`, or all but the target.
+            columns. None is those of `X`, or all but the target and columns without a name (row labels). Holes, texts and
+            dates in other columns do no harm.
+        exclude: Names or numbers, likewise, of columns that are left out of the features.
+        header: Whether the first row of a text table holds the columns' names. None guesses: it is data if each of its
+            cells could stand further down in its column (numbers over numbers); what is not certain is said. Without a
+            header the columns are called 0, 1, ....
         standardize: Give every feature mean 0 and standard deviation 1, and the target likewise, by the training rows
             alone. A feature that is constant over one seed's training rows is centred only.
         test_fraction: Share of the rows in the test set, in [0, 1).
@@ -57,12 +64,18 @@ class TabularRegression(SyntheticData):
         expansion: Literal["polynomial", "random_features"] | None = None,
         degree: int = 2,
         num_features: int = 100,
+        exclude: list[int | str] | None = None,
+        header: bool | None = None,
     ) -> None:
         super().__init__()
         self.path = path
         self.source = path or "the diabetes table"
         self.target = target
         self.features = features
+        self.exclude = exclude
+        self.header = None if header is None else checks.flag("header", header)
+        if header is not None and path is None:
+            raise ValueError("header: only a text table has a header, and path is not given")
         self.standardize = checks.flag("standardize", standardize)
         self.test_fraction = checks.number("test_fraction", test_fraction, at_least=0)
         if test_fraction >= 1:
@@ -82,9 +95,14 @@ class TabularRegression(SyntheticData):
         super().setup(stage)
 
     def _read(self) -> None:
-        table = diabetes() if self.path is None else read_table(self.path)
+        table = diabetes() if self.path is None else read_table(self.path, self.header)
         x_names, y_names = self._columns(table)
-        values = table.numbers([*x_names, *y_names])
+        try:
+            values = table.numbers([*x_names, *y_names])
+        except ValueError as error:
+            if self.features is None and "finite number" in str(error):
+                raise ValueError(f"{error}; `exclude` leaves columns out of the features") from None
+            raise
         rows = len(values)
         num_test = round(self.test_fraction * rows)
         available = rows - num_test
@@ -110,23 +128,39 @@ class TabularRegression(SyntheticData):
 
     def _columns(self, table: Table) -> tuple[list[str], list[str]]:
         """The names of the features' and the target's columns."""
+        inputs = table.find("X") if "X" in table.arrays or "X" in table.refused else list(table.columns)
         target = self.target
         if target is None:
-            target = "y" if table.is_archive else -1
-        y_names = table.find(target)
+            target = "y" if table.is_archive else next((n for n in reversed(inputs) if n not in table.unnamed), -1)
+        y_names = table.find(target, argument="target")
+        excluded = [name for key in self.exclude or () for name in table.find(key, inputs, "exclude")]
         if self.features is None:
-            x_names = [name for name in _inputs(table) if name not in y_names]
+            x_names = [name for name in inputs if name not in y_names]
+            unnamed = [str(inputs.index(name)) for name in x_names if name in table.unnamed and name not in excluded]
+            if unnamed:
+                plural = "columns {} have no name and are" if len(unnamed) > 1 else "column {} has no name and is"
+                warnings.warn(
+                    f"{table.source}: {plural.format(', '.join(unnamed))} left out of the features, as row labels are; to "
+                    "use such a column give its number in `features`",
+                    TableWarning,
+                    stacklevel=2,
+                )
+            x_names = [name for name in x_names if name not in table.unnamed]
         else:
-            x_names = [name for key in self.features for name in table.find(key, _inputs(table))]
+            x_names = [name for key in self.features for name in table.find(key, inputs, "features")]
         for i, name in enumerate(x_names):
             if name in x_names[:i]:
                 raise ValueError(f'features: column "{name}" is given twice')
             if name in y_names:
                 raise ValueError(f'features: column "{name}" is the target')
+        for name in excluded:
+            if name in y_names:
+                raise ValueError(f'exclude: column "{name}" is the target')
+        x_names = [name for name in x_names if name not in excluded]
         if not x_names or not y_names:
             raise ValueError(
                 f"{table.source}: there must be at least one feature beside the target, got {len(table.columns)} "
-                f"columns in all and features = {self.features} (a .csv is separated by a tab, ; or ,)"
+                f"columns in all, features = {self.features} and exclude = {self.exclude}{table.undivided()}"
             )
         return x_names, y_names
 
@@ -166,11 +200,6 @@ class TabularRegression(SyntheticData):
         # A constant column comes out at rounding error, which must not be blown up to 1.
         constant = std <= 1e-12 * train.abs().amax(0)
         return (part - mean) / torch.where(constant, torch.ones_like(std), std)
-
-
-def _inputs(table: Table) -> list[str]:
-    """The columns that numbers count among `features`."""
-    return table.find("X") if "X" in table.arrays or "X" in table.refused else list(table.columns)
 
 
 def monomials(x: Tensor, degree: int) -> Tensor:
