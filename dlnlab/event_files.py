@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
-from numba import njit
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -20,6 +19,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
+
+from dlnlab.kernels.caching import cached_njit
 
 
 class EventFile:
@@ -83,7 +84,7 @@ def _crc_table() -> np.ndarray:
 _TABLE = _crc_table()
 
 
-@njit(cache=True)
+@cached_njit()
 def _crc32c(content, table):
     """Checksum of bytes (n,); TensorBoard's own is a loop in Python, most of the time that writing scalars would take."""
     crc = np.uint32(0xFFFFFFFF)

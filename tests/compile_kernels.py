@@ -4,7 +4,8 @@ import dlnlab
 
 PROBLEMS = {"DeepLinearNetwork": "LowRankCompletion", "DiagonalLinearNetwork": "SparseRegression"}
 
-for network, data in PROBLEMS.items():
-    for dtype in ("float64", "float32"):
-        model = {"class_path": network, "init_args": {"dtype": dtype, "batch_size": 1}}
-        dlnlab.run({"model": model, "data": {"class_path": data}, "trainer": {"max_steps": 2}})
+if __name__ == "__main__":  # collecting doctests imports this file
+    for network, data in PROBLEMS.items():
+        for dtype in ("float64", "float32"):
+            model = {"class_path": network, "init_args": {"dtype": dtype, "batch_size": 1}}
+            dlnlab.run({"model": model, "data": {"class_path": data}, "trainer": {"max_steps": 2}})

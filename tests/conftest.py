@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    if len(session.items) > 1000:  # the suite, and not somebody's few tests
+    if len(session.items) > 1000 and not session.config.option.collectonly:  # the suite, and not a few tests
         script = Path(__file__).with_name("compile_kernels.py")
         environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
         session.compiling = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from dlnlab.kernels.caching import cached_njit
 from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
 from dlnlab.kernels.deep import SMALLEST_SCALE
 from dlnlab.kernels.factors import PERIOD
@@ -539,7 +540,7 @@ def _rates_at(rates, m, step):
     return lr, 1 - 2 * lr * (rates.weight_decay[m] * rates.weight_decay_factor[at])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_njit(nogil=True, error_model="numpy")
 def advance(chosen, members, problems, network, loss, guard, work, start, stop, rates):
     """Take members from `start` to `stop`, one after another.
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from dlnlab.kernels.caching import cached_njit
 from dlnlab.kernels.cpu_streams import draw_normals, draw_rows
 from dlnlab.kernels.factors import PERIOD
 from dlnlab.kernels.guard import ABOVE_BOUND, LARGEST, NOT_FINITE
@@ -809,7 +810,7 @@ def _steps(work, lanes, members, block, problems, memory, start, stop, rates):
                 work.log_decay[lane] += log_decay
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_njit(nogil=True, error_model="numpy")
 def advance(blocks, state, members, problems, guard, records, memory, floor, near, start, stop, rates):
     """Take blocks of members from `start` to `stop`, one block after another.
 

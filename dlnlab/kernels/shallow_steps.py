@@ -2,16 +2,13 @@
 
 Members run sixteen at a time from one check or record to the next, and those that still run close ranks after it: what
 has stopped costs nothing. All arithmetic is lane by lane, so a member's bits depend on no layout.
-
-The compiled code is kept on disk and made anew when this file changes: after changing what it imports alone,
-touch this file.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from dlnlab.kernels.caching import cached_njit
 from dlnlab.kernels.cpu_steps import CONVERGED, DIVERGED, RUNNING, _split_powers, part
 from dlnlab.kernels.factors import PERIOD
 from dlnlab.kernels.guard import ABOVE_BOUND, LARGEST, NOT_FINITE
@@ -220,7 +217,7 @@ def _check(work, lane, m, step, state, members, guard):
         members.stopped_at[m] = max(step - guard.every_n_steps, 0)
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@cached_njit(nogil=True, error_model="numpy")
 def advance(everyone, count, state, members, guard, records, start, stop, rates):
     """Take members to step `stop`, in place.
 
