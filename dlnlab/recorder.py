@@ -78,9 +78,11 @@ TAGS = {
     "gain_upper_bound": "theory/gain_upper_bound",
     "gain_l1_law": "theory/gain_l1_law",
     "gamma_LB": "theory/gamma_LB",
-    "gamma_max": "theory/gamma_max",
-    "gamma_tilde_max": "theory/gamma_tilde_max",
-    "gamma_max_islands": "theory/gamma_max_islands",
+    **{
+        f"gamma{kind}_max{of}": f"theory/gamma{kind}_max{of}"
+        for kind in ("", "_tilde")
+        for of in ("", "_first_failure", "_last_success", "_islands")
+    },
     "flow_edge": "theory/flow_edge",
     "flattest_edge": "theory/flattest_edge",
     "mean_square_edge": "theory/mean_square_edge",
@@ -399,7 +401,10 @@ class Recorder(Callback):
         }
         attributes = dict(self.attributes)
         if isinstance(self._module, LinearNetwork):
-            attributes |= {"path": self._module.path, "lr_unit": self._module.lr_unit}
+            module = self._module
+            attributes |= {"path": module.path, "lr_unit": module.lr_unit, "lr_symbol": module.lr_symbol}
+            if module.problems.matrix_shape is not None:
+                attributes["distance_units"] = results.UNOBSERVED
         return axes, coordinates, attributes
 
     def _write_header(self) -> None:

@@ -41,6 +41,8 @@ UNITS = {
     "stopped_at": "optimizer steps of the run in which the member stopped; -1 where it still runs",
     "diverged_by": "loss, not finite or source: why the member has diverged",
 }
+UNOBSERVED = "mean squared error over the unobserved entries"
+"""The units of `distance` where the predictor is a matrix; the attribute `distance_units` says so."""
 
 
 class ResultError(ValueError):
@@ -204,6 +206,7 @@ def _assemble(header: dict, parts: Iterable[dict[str, np.ndarray]]) -> xr.Datase
         constants |= part
     steps = np.array(sorted({step for found in series.values() for step in found}), dtype=np.int64)
     place = {int(step): i for i, step in enumerate(steps)}
+    units = {**UNITS, "distance": header["attributes"].get("distance_units", UNITS["distance"])}
     variables: dict[str, Any] = {}
     for name, found in series.items():
         tail = next(iter(found.values())).shape[1:]
@@ -213,10 +216,9 @@ def _assemble(header: dict, parts: Iterable[dict[str, np.ndarray]]) -> xr.Datase
         values = np.moveaxis(values.reshape(len(steps), *shape, *tail), 0, len(shape))
         if name == "status":
             values = _status_text(values)
-        variables[name] = (dims, values, {"units": UNITS[name]} if name in UNITS else {})
+        variables[name] = (dims, values, {"units": units[name]} if name in units else {})
     for name, values in constants.items():
-        units = {"units": UNITS[name]} if name in UNITS else {}
-        variables[name] = (names, values.reshape(shape), units)
+        variables[name] = (names, values.reshape(shape), {"units": units[name]} if name in units else {})
     coordinates = {name: _coordinate(values) for name, values in axes.items()}
     dataset = xr.Dataset(variables, {**coordinates, "step": steps}, header["attributes"])
     return dataset.assign_coords({name: (axis, values) for name, (axis, values) in header["coordinates"].items()})

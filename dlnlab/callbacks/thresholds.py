@@ -1,7 +1,7 @@
 """Thresholds: up to which constant step size the iterates converge, and up to which they do not diverge."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from dlnlab.kernels import Records
 from dlnlab.models import DiagonalLinearNetwork
 from dlnlab.models.base import DIVERGED
 
+_NAMES = ("gamma_max", "gamma_tilde_max")
+_SUFFIXES = ("", "_first_failure", "_last_success", "_islands")
+
 Trial = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(members (T,), step sizes (T,)) -> whether they converged, whether they diverged, boolean (T,)."""
 
@@ -23,26 +26,29 @@ class Thresholds(Measurement):
     For each member on its own (its problem, initialisation, batches and seed; its own step size plays no part), from where
     the fit started. `num_rates` step sizes in geometric progression, `lowest` to `highest` times the step size at which
     the end of gradient flow loses its mean-square stability, are run for `num_steps` steps; the interval in which the
-    outcome first changes is divided likewise, until its ends are in ratio at most 1 + `tol`. Recorded is the lower end: a
-    step size at which the iterates did converge (not diverge).
+    outcome first changes is divided likewise, until its ends are in ratio at most 1 + `tol`.
 
-    Convergence need not be monotone in the step size. "Largest" means here: from below, up to the first failure among the
-    step sizes tried. `gamma_max_islands` counts those of the scan that lie above and converge nevertheless; where it is
-    not 0, that first failure is not the last. A threshold is NaN where the smallest step size tried fails, and infinite
-    where the largest does not.
+    Neither set of step sizes need be an interval: above the first that fails others may succeed, islands among those that
+    fail. GD's divergence is so: its border is a fractal, and a single number to 1 % says less than it seems to. Recorded
+    are therefore, among all step sizes tried, for convergence and for "does not diverge" alike: the largest success below
+    the first failure, `gamma_max` and `gamma_tilde_max`; `<name>_first_failure`; `<name>_last_success`, the largest
+    success anywhere; and `<name>_islands`, how many islands there are. Where there is none the threshold is bracketed,
+    else it lies anywhere between the first failure and the last success. Islands narrower than the scan's steps pass
+    unseen: more `num_rates` find more of them. A threshold is NaN where the smallest step size tried fails, and infinite
+    where none fails; the last success is NaN where there is none, and infinite where the largest tried is one.
 
-    Logged: `theory/gamma_max`; `theory/gamma_tilde_max`, the largest at which they do not diverge; `theory/flow_edge`,
-    2/sharpness where gradient flow ends; `theory/flattest_edge`, 2/sharpness of the flattest interpolator;
-    `theory/mean_square_edge`, up to which the member's batches are mean-square stable where the flow ends; on request
-    `theory/almost_sure_edge`, where its top Lyapunov exponent passes 0; and `theory/gamma_max_over_<edge>`. Cost: about 3
-    num_rates num_steps steps a member.
+    Logged: `theory/gamma_max`; `theory/gamma_tilde_max`, the largest at which they do not diverge; of each
+    `theory/<name>_first_failure`, `_last_success` and `_islands`; `theory/flow_edge`, 2/sharpness where gradient flow
+    ends; `theory/flattest_edge`, 2/sharpness of the flattest interpolator; `theory/mean_square_edge`, up to which the
+    member's batches are mean-square stable where the flow ends; on request `theory/almost_sure_edge`, where its top
+    Lyapunov exponent passes 0; and `theory/gamma_max_over_<edge>`. Cost: about 3 num_rates num_steps steps a member.
 
     Args:
         num_steps: Steps each step size is given, None is those of the fit; none converges whose loss takes longer.
         settled: A step size converges if the full loss is below this part of its first value at the last four steps. Where
             gradient descent's period doubles, the oscillation's loss grows with the excess: 1e-3 lets 1.5 % pass, 1e-4 a
             tenth of that, and less asks for more steps.
-        tol: How well a threshold is bracketed, as a ratio minus one.
+        tol: How far apart the ends of the bracket of the first failure may be, as a ratio minus one.
         lowest: The scan's smallest step size, in units of the mean-square edge.
         highest: Its largest.
         num_rates: Step sizes tried at once.
@@ -95,7 +101,7 @@ class Thresholds(Measurement):
         """See `Measurement.names`; without the work."""
         edges = ("flow_edge", "flattest_edge", "mean_square_edge", *(("almost_sure_edge",) if self.almost_sure else ()))
         ratios = (f"gamma_max_over_{edge}" for edge in edges)
-        return ("gamma_max", "gamma_tilde_max", "gamma_max_islands", *edges, *ratios)
+        return (*(f"{name}{suffix}" for name in _NAMES for suffix in _SUFFIXES), *edges, *ratios)
 
     def measure(self, model: DiagonalLinearNetwork, batch: Any) -> dict[str, Tensor]:
         """Thresholds and edges (E,); they do not depend on the step, and are found once."""
@@ -119,7 +125,8 @@ class Thresholds(Measurement):
 
             unit = edges["mean_square_edge"]
             found = thresholds(trial, self.lowest * unit, self.highest * unit, self.num_rates, self.tol)
-            values = dict(zip(("gamma_max", "gamma_tilde_max", "gamma_max_islands"), found, strict=True)) | edges
+            values = {name + suffix: of[i] for i, name in enumerate(_NAMES)
+                      for suffix, of in zip(_SUFFIXES, found, strict=True)} | edges  # fmt: skip
             values |= {f"gamma_max_over_{name}": values["gamma_max"] / edge for name, edge in edges.items()}
             self._found = {name: value[kind] for name, value in values.items()}
         return self._found
@@ -166,8 +173,21 @@ def edges_of(
     return edges
 
 
-def thresholds(trial: Trial, low: Tensor, high: Tensor, num_rates: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan step sizes for all members at once, then divide each member's own brackets.
+class Found(NamedTuple):
+    """The outcomes of step sizes in brief: (2, E) each, for convergence and for "does not diverge"."""
+
+    below: Tensor
+    """The largest success below the first failure; NaN if the smallest step size fails, infinite if none does."""
+    above: Tensor
+    """The first failure; infinite if there is none."""
+    last: Tensor
+    """The largest success; NaN if there is none, infinite if the largest step size is one."""
+    islands: Tensor
+    """The number of runs of successes above the first failure."""
+
+
+def thresholds(trial: Trial, low: Tensor, high: Tensor, num_rates: int, tol: float) -> Found:
+    """Scan step sizes for all members at once, then divide each member's own brackets of its first failures.
 
     Args:
         trial: Runs members at step sizes.
@@ -177,33 +197,49 @@ def thresholds(trial: Trial, low: Tensor, high: Tensor, num_rates: int, tol: flo
         tol: The ratio of a bracket's ends that ends it, minus one.
 
     Returns:
-        The largest step sizes that converge and that do not diverge, from below, (E,): NaN where `low` fails, infinite
-        where `high` does not; and how many step sizes of the scan converge above the first that does not, (E,).
+        What was found among all step sizes tried.
     """
-    num_members = len(low)
-    members = torch.arange(num_members, device=low.device)[:, None].expand(-1, num_rates)
-    rates = low[:, None] * (high / low)[:, None] ** torch.linspace(0, 1, num_rates, dtype=low.dtype, device=low.device)
-    converged, diverged = (outcome.reshape(rates.shape) for outcome in trial(members.flatten(), rates.flatten()))
-    islands = (converged & ~_from_below(converged)).sum(-1).to(low.dtype)
-    good = torch.stack((_from_below(converged), _from_below(~diverged)))  # (2, E, R)
-    count = good.sum(-1)
-    below = rates.expand(2, -1, -1).gather(-1, (count - 1).clamp(min=0)[..., None])[..., 0]
-    above = rates.expand(2, -1, -1).gather(-1, count.clamp(max=num_rates - 1)[..., None])[..., 0]
-    inside = (count > 0) & (count < num_rates)
-    parts = torch.linspace(0, 1, num_rates + 2, dtype=low.dtype, device=low.device)
-    while bool((open_ := inside & (above > (1 + tol) * below)).any()):
-        which, member = open_.nonzero(as_tuple=True)
-        ends = below[open_], above[open_]
-        rates = ends[0][:, None] * (ends[1] / ends[0])[:, None] ** parts  # (B, R + 2), ends included
-        tried = rates[:, 1:-1]
-        outcomes = trial(member[:, None].expand_as(tried).flatten(), tried.flatten())
-        converged, diverged = (outcome.reshape(tried.shape) for outcome in outcomes)
-        count = _from_below(torch.where(which[:, None] == 0, converged, ~diverged)).sum(-1, keepdim=True)
-        below[open_], above[open_] = rates.gather(-1, count)[:, 0], rates.gather(-1, count + 1)[:, 0]
-    found = torch.where(inside, below, torch.where(good.all(-1), torch.inf, torch.nan))
-    return found[0], found[1], islands
+    parts = torch.linspace(0, 1, num_rates, dtype=low.dtype, device=low.device)
+    members = torch.arange(len(low), device=low.device).repeat_interleave(num_rates)
+    rates = (low[:, None] * (high / low)[:, None] ** parts).flatten()
+    inner = torch.linspace(0, 1, num_rates + 2, dtype=low.dtype, device=low.device)[1:-1]
+    good = _outcomes(trial, members, rates)
+    while True:
+        found = _in_brief(members, rates, good, len(low))
+        bracket = found.below.isfinite() & found.above.isfinite() & (found.above > (1 + tol) * found.below)
+        if not bool(bracket.any()):
+            return found
+        which = bracket.nonzero()[:, 1].repeat_interleave(num_rates)
+        below, above = found.below[bracket], found.above[bracket]
+        tried = (below[:, None] * (above / below)[:, None] ** inner).flatten()
+        good = torch.cat((good, _outcomes(trial, which, tried)), 1)
+        members, rates = torch.cat((members, which)), torch.cat((rates, tried))
 
 
-def _from_below(good: Tensor) -> Tensor:
-    """Up to the first failure along the last axis."""
-    return good.long().cumprod(-1).bool()
+def _outcomes(trial: Trial, members: Tensor, rates: Tensor) -> Tensor:
+    """Whether members converge, and whether they do not diverge, (2, T)."""
+    converged, diverged = trial(members, rates)
+    return torch.stack((converged, ~diverged))
+
+
+def _in_brief(members: Tensor, rates: Tensor, good: Tensor, num_members: int) -> Found:
+    order = rates.argsort(stable=True)
+    order = order[members[order].argsort(stable=True)]
+    members, rates, good = members[order], rates[order].expand(2, -1), good[:, order]
+    of = members.expand(2, -1)
+
+    def extreme(values: Tensor, start: float, kind: str) -> Tensor:
+        return values.new_full((2, num_members), start).scatter_reduce(1, of, values, kind)
+
+    above = extreme(torch.where(good, torch.inf, rates), torch.inf, "amin")
+    first = torch.where(good & (rates < above.gather(1, of)), rates, -torch.inf)
+    below, last = (extreme(values, -torch.inf, "amax") for values in (first, torch.where(good, rates, -torch.inf)))
+    highest = extreme(rates, -torch.inf, "amax")
+    begins = good[:, 1:] & ~good[:, :-1] & (members[1:] == members[:-1])
+    islands = rates.new_zeros(2, num_members).scatter_add(1, of[:, 1:], begins.to(rates.dtype))
+    return Found(
+        torch.where(above.isinf(), torch.inf, torch.where(below.isinf(), torch.nan, below)),
+        above,
+        torch.where(last.isinf(), torch.nan, torch.where(last == highest, torch.inf, last)),
+        islands,
+    )

@@ -10,14 +10,17 @@ from dlnlab.figures.base import (
     SMALL_FONT_SIZE,
     Canvas,
     Figure,
+    axis_label,
     colours,
     last,
     legend,
     log_axis,
     panels,
     quantiles,
+    spread,
     value_label,
 )
+from dlnlab.figures.words import words
 
 
 class AxisFigure(Figure):
@@ -77,7 +80,7 @@ class AxisFigure(Figure):
         rows = []
         for values in product(*(members[axis].values for axis in others)):
             cell = members.sel(dict(zip(others, values, strict=True)))
-            label = ", ".join(value_label(axis, value) for axis, value in zip(others, values, strict=True))
+            label = ", ".join(value_label(axis, value, dataset) for axis, value in zip(others, values, strict=True))
             for name, value in product(self.quantities, cell[self.axis].values):
                 numbers = cell[name].sel({self.axis: value}).values
                 low, middle, high = quantiles(numbers, (0.1, 0.5, 0.9))
@@ -91,12 +94,12 @@ class AxisFigure(Figure):
         labels = list(dict.fromkeys(table["panel"].tolist()))
         ticks = [str(value) for value in dict.fromkeys(table[self.axis].tolist())]
         colour = dict(zip(self.quantities, colours(len(self.quantities)), strict=True))
-        figure, axes = panels(len(labels), header=0.14 * -(-len(self.quantities) // 2))
+        figure, axes = panels(len(labels), header=0.14 * -(-(len(self.quantities) + 1) // 2))
         seen = np.concatenate([table[name] for name in ("median", "p10", "p90")])
         seen = seen[np.isfinite(seen) & (seen > 0)]
         for panel, label in zip(axes, labels, strict=True):
             log_axis(panel.yaxis, seen.min(initial=1.0), seen.max(initial=1.0))
-            panel.set_ylabel(f"in units of {_words(self.unit)}" if self.unit else "")
+            panel.set_ylabel(self._y_label(dataset))
             panel.set_xlim(-0.3, len(ticks) - 0.7)
             panel.set_title(label, fontsize=SMALL_FONT_SIZE, pad=2)
             for name in self.quantities:
@@ -107,18 +110,24 @@ class AxisFigure(Figure):
                 )
                 at = np.arange(len(middle))
                 panel.plot(
-                    at, middle, color=colour[name], linewidth=1.1, marker="o", markersize=2.5, label=_words(name)
+                    at,
+                    middle,
+                    color=colour[name],
+                    linewidth=1.1,
+                    marker="o",
+                    markersize=2.5,
+                    label=words(name, dataset),
                 )
                 panel.fill_between(at, low, high, color=colour[name], alpha=0.15, linewidth=0)
         axes[-1].set_xticks(range(len(ticks)), ticks)
-        axes[-1].set_xlabel(self.axis.replace("_", " "))
-        handles: list[Any] = axes[0].get_legend_handles_labels()[0]
+        axes[-1].set_xlabel(axis_label(self.axis, dataset))
+        handles: list[Any] = axes[0].get_legend_handles_labels()[0] + spread([dataset.sizes.get("seed", 1)])
         legend(figure, handles, 2)
         return figure
 
-
-_SYMBOLS = {"gamma_max": r"$\gamma_{\max}$", "gamma_tilde_max": r"$\tilde\gamma_{\max}$"}
-
-
-def _words(name: str | None) -> str:
-    return _SYMBOLS.get(name, str(name).replace("_", " "))
+    def _y_label(self, data: xr.Dataset) -> str:
+        """The quantity, or where there are several what they share."""
+        if len(self.quantities) == 1:
+            of = words(self.quantities[0], data)
+            return f"{of} / ({words(self.unit)})" if self.unit else of
+        return f"in units of\n{words(self.unit)}" if self.unit else ""

@@ -22,7 +22,7 @@ thread, need no display, and never change how a person's own plots look.
 import csv
 import io
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +34,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MatplotlibFigure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from dlnlab.figures.words import words
 from dlnlab.files import write_atomic
 
 COLUMN_WIDTH = 3.4
@@ -191,6 +194,52 @@ def legend(figure: Canvas, handles: list[Any], columns: int) -> None:
                       borderaxespad=0.1)  # fmt: skip
 
 
+def spread(sizes: Iterable[int], middle: str = "median", of: str = "seeds") -> list[Any]:
+    """The legend's entry for lines that stand for several members, with a band from 10 % to 90 %.
+
+    Args:
+        sizes: How many members the lines stand for.
+        middle: What the line is of them: `median` or `mean`.
+        of: What the members are.
+
+    Returns:
+        One entry, or none where every line is a single member.
+    """
+    counts = sorted({int(size) for size in sizes})
+    if counts[-1] < 2:
+        return []
+    label = f"{middle}, 10–90 % of {'–'.join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))} {of}"
+    return [Patch(color=GREY, alpha=0.25, linewidth=0, label=label)]
+
+
+def remark(text: str) -> Any:
+    """A legend entry without a mark: what holds for all lines.
+
+    Args:
+        text: The words.
+
+    Returns:
+        The entry.
+    """
+    return Line2D([], [], alpha=0, label=text)
+
+
+def draw_levels(panel: Axes, levels: dict[str, float]) -> None:
+    """Draw horizontal lines, each with its name at the right, outside the panel, where it hides no data.
+
+    Args:
+        panel: The panel, whose limits are set.
+        levels: Their names and values; those that are not finite are left out.
+    """
+    ordered = sorted((item for item in levels.items() if np.isfinite(item[1])), key=lambda item: -item[1])
+    for place, (name, value) in enumerate(ordered):
+        panel.axhline(value, color=GREY, linewidth=0.7, zorder=0.5)
+        # The highest name stands on its line and the others hang below theirs, so that two never meet.
+        alignment = "center" if len(ordered) == 1 else "top" if place else "bottom"
+        panel.annotate(name, (1, value), xycoords=panel.get_yaxis_transform(), xytext=(3, 0), textcoords="offset points",
+                       va=alignment, fontsize=SMALL_FONT_SIZE, color=GREY, annotation_clip=False)  # fmt: skip
+
+
 def colours(count: int) -> list[Any]:
     """As many colours as there are lines, told apart with every common colour blindness.
 
@@ -206,7 +255,7 @@ def colours(count: int) -> list[Any]:
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
-    """Make an axis logarithmic, with a little room around [low, high] and at least one labelled tick.
+    """Make an axis logarithmic, with a little room around [low, high] and at least two labelled ticks.
 
     Args:
         axis: A panel's x- or y-axis.
@@ -214,19 +263,50 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
         high: The largest.
     """
     ends = np.log10([low, high])
-    # The numbers 1, 2, 5, 10, ... are at most 0.4 decades apart, so half a decade always shows one.
-    room = max(0.04 * (ends[1] - ends[0]), (0.5 - (ends[1] - ends[0])) / 2)
+    room = max(0.04 * (ends[1] - ends[0]), (0.1 - (ends[1] - ends[0])) / 2)
     first, last = ends[0] - room, ends[1] + room
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (10**first, 10**last)})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if last - first < 1.5 else (1,), numticks=7))
+    axis.set_major_locator(LogTicks())
     axis.set_minor_locator(NullLocator() if last - first > 7 else LogLocator(subs=range(2, 10), numticks=99))
     plain = first > -3 and last < 3
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}" if plain else power_of_ten(number)))
     axis.set_minor_formatter(NullFormatter())
 
 
+class LogTicks(Locator):
+    """Ticks of a logarithmic axis: powers of ten, or numbers 1, 2, 5 of each decade, or round numbers; two at least.
+
+    Example:
+        >>> LogTicks().tick_values(1.2, 3.4).tolist()
+        [1.5, 2.0, 2.5, 3.0]
+    """
+
+    def __call__(self) -> np.ndarray:
+        """The ticks of the axis as it is."""
+        return self.tick_values(*sorted(self.axis.get_view_interval()))
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        """The ticks within an interval.
+
+        Args:
+            vmin: Its lower end, > 0.
+            vmax: Its upper end.
+
+        Returns:
+            The first of the three kinds of which two or more lie in it.
+        """
+        decades = LogLocator(numticks=7)
+        kinds = (LogLocator(subs=(1, 2, 5), numticks=9), decades, MaxNLocator(5))
+        for locator in kinds if vmax < 10**1.5 * vmin else (decades, *kinds):
+            ticks = np.asarray(locator.tick_values(vmin, vmax))
+            ticks = ticks[(ticks >= vmin) & (ticks <= vmax)]
+            if len(ticks) > 1:
+                break
+        return ticks
+
+
 def power_of_ten(number: float) -> str:
-    r"""A number, to one digit, with its power of ten.
+    r"""A number, to at most three digits, with its power of ten.
 
     Args:
         number: The number, > 0.
@@ -235,11 +315,11 @@ def power_of_ten(number: float) -> str:
         Text for matplotlib.
 
     Example:
-        >>> print(power_of_ten(1e-6), power_of_ten(2e7))
-        $10^{-6}$ $2\times10^{7}$
+        >>> print(power_of_ten(1e-6), power_of_ten(2.5e7))
+        $10^{-6}$ $2.5\times10^{7}$
     """
-    mantissa, exponent = f"{number:.0e}".split("e")
-    factor = "" if mantissa == "1" else rf"{mantissa}\times"
+    mantissa, exponent = f"{number:.2e}".split("e")
+    factor = "" if float(mantissa) == 1 else rf"{float(mantissa):g}\times"
     return rf"${factor}10^{{{int(exponent)}}}$"
 
 
@@ -317,7 +397,7 @@ def cells(dataset: xr.Dataset, variants: dict[str, xr.Dataset], apart: Collectio
 
 
 def value_label(axis: str, value: Any, data: xr.Dataset | None = None) -> str:
-    """An axis's value in words, `SGD, batch 1` or `init scale 0.1`; the unit of lr is the data's."""
+    """An axis's value in words, `SGD, batch 1` or `init scale 0.1`; the symbol and the unit of lr are the data's."""
     if axis == "variant":
         return str(value).replace("_", " ")
     if axis == "batch_size":
@@ -326,9 +406,13 @@ def value_label(axis: str, value: Any, data: xr.Dataset | None = None) -> str:
         unit = {"one": "", "max_row": r"$/\max_i |x_i|^2$"}.get(
             "one" if data is None else data.attrs.get("lr_unit", "one"), " edge"
         )
-        return rf"$\gamma$ = {value:.3g}{unit}"
-    words = axis.replace("_", " ")
-    return value.replace("_", " ") if isinstance(value, str) else f"{words} {value:g}"
+        return rf"${lr_symbol(data)}$ = {value:.3g}{unit}"
+    return value.replace("_", " ") if isinstance(value, str) else f"{words(axis)} {value:g}"
+
+
+def lr_symbol(data: xr.Dataset | None) -> str:
+    """What the step size is called in figures of these results, TeX without dollar signs."""
+    return r"\gamma" if data is None else data.attrs.get("lr_symbol", r"\gamma")
 
 
 def last(array: xr.DataArray) -> xr.DataArray:
@@ -361,7 +445,7 @@ def members_only(data: xr.Dataset, quantity: str) -> None:
 def lr_label(dataset: xr.Dataset) -> str:
     """The step size with its unit, for an axis."""
     unit = _UNITS.get(dataset.attrs.get("lr_unit", "one"), dataset.attrs.get("lr_unit"))
-    return rf"step size $\gamma$ {unit}".rstrip()
+    return rf"step size ${lr_symbol(dataset)}$ {unit}".rstrip()
 
 
 EDGES = {
@@ -370,6 +454,11 @@ EDGES = {
 }
 """Step sizes that others are measured by, in words."""
 _UNITS = {"one": "", "max_row": r"$\times\,\max_i |x_i|^2$"} | {name: f"/ {words}" for name, words in EDGES.items()}
+
+
+def axis_label(name: str, dataset: xr.Dataset) -> str:
+    """The words for an axis of the ensemble or for a variable, beside a figure's axis."""
+    return lr_label(dataset) if name == "lr" else words(name, dataset)
 
 
 def finite(values: np.ndarray) -> np.ndarray:

@@ -5,9 +5,22 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, log_axis, panels, value_label
+from dlnlab.figures.base import (
+    GREY,
+    SMALL_FONT_SIZE,
+    Canvas,
+    Figure,
+    colours,
+    legend,
+    log_axis,
+    panels,
+    remark,
+    value_label,
+)
+from dlnlab.figures.words import words
 
 
 class CoordinateFigure(Figure):
@@ -92,7 +105,7 @@ class CoordinateFigure(Figure):
         for values in product(*(array[axis].values for axis in axes)):
             chosen = dict(zip(axes, values, strict=True))
             own = self.labels.get(name, "" if name == "main" else name.replace("_", " "))
-            label = ", ".join(filter(None, [own, *(value_label(axis, value) for axis, value in chosen.items())]))
+            label = ", ".join(filter(None, [own, *(value_label(axis, value, data) for axis, value in chosen.items())]))
             cell = array.sel(chosen).transpose("coordinate", "step")
             x = cell.step.values.astype(float) if self.x == "step" else data.time.sel(chosen).sel(step=cell.step).values
             if self.x == "time_over_log_init":
@@ -110,7 +123,7 @@ class CoordinateFigure(Figure):
         """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["panel"].tolist()))
-        figure, axes = panels(len(names), height=1.35)
+        figure, axes = panels(len(names), height=1.35, header=0.14)
         colour = self._colours(table)
         for axis, name in zip(axes, names, strict=True):
             part = {key: column[table["panel"] == name] for key, column in table.items()}
@@ -119,7 +132,7 @@ class CoordinateFigure(Figure):
                 known = coordinate in colour
                 axis.plot(part[self.x][line], part[self.variable][line], color=colour.get(coordinate, GREY),
                           linewidth=1.1 if known else 0.4, zorder=3 if known else 2)  # fmt: skip
-            axis.set_ylabel(self.labels.get(self.variable, self.variable.replace("_", " ")))
+            axis.set_ylabel(self.labels.get(self.variable, words(self.variable, dataset)))
             axis.set_title(name, fontsize=SMALL_FONT_SIZE, loc="left", pad=2)
         x = table[self.x]
         if self.log_x:
@@ -128,7 +141,14 @@ class CoordinateFigure(Figure):
             axes[-1].set_xlim(self.x_range)
         axes[-1].set_xlabel(self.labels.get(self.x, _X_LABELS[self.x]))
         figure.align_ylabels(axes)
+        legend(figure, self._handles(table, colour, dataset), 2)
         return figure
+
+    def _handles(self, table: dict[str, np.ndarray], colour: dict[int, Any], data: xr.Dataset) -> list[Any]:
+        seeds = data["seed"].values if "seed" in data.dims else [0]
+        several = len(colour) < table["coordinate"].max() + 1
+        handles = [Line2D([], [], color=GREY, linewidth=0.6, label="all other coordinates")] if several else []
+        return [remark(f"one member, seed {seeds[min(self.seed, len(seeds) - 1)]}"), *handles]
 
     def _colours(self, table: dict[str, np.ndarray]) -> dict[int, Any]:
         """Of the coordinates that become largest in any panel."""

@@ -18,7 +18,9 @@ from dlnlab.figures.base import (
     legend,
     log_axis,
     panels,
+    remark,
 )
+from dlnlab.figures.words import words
 
 
 class CoordinatePathsFigure(Figure):
@@ -123,11 +125,11 @@ class CoordinatePathsFigure(Figure):
                     for i, colour in zip(support, colours(len(support)), strict=True):
                         panel.plot(steps, values[:, i], color=colour, linewidth=0.8)
                 if column == 0:
-                    panel.set_ylabel(quantity.replace("_", " "))
+                    panel.set_ylabel(words(quantity, dataset))
             top = axes[column]
             end = str(last(data["status"]).values)
             top.set_title("\n".join([*cell.words.values(), end]), fontsize=SMALL_FONT_SIZE, pad=3)
-            axes[(len(self.quantities) - 1) * len(members) + column].set_xlabel("step")
+            axes[(len(self.quantities) - 1) * len(members) + column].set_xlabel(words("step"))
         for row, quantity in enumerate(self.quantities):
             if quantity in self.log:
                 ends = [axes[row * len(members) + column].dataLim for column in range(len(members))]
@@ -141,8 +143,9 @@ class CoordinatePathsFigure(Figure):
         handles = [
             Line2D([], [], color=colours(1)[0], linewidth=0.9, label="on the support"),
             Line2D([], [], color=GREY, linewidth=0.6, label="off the support"),
+            remark(f"a member each, seed {int(members[0][1].seed)}"),
         ]
-        legend(figure, handles, 2)
+        legend(figure, handles, 3)
         return figure
 
     def _members(self, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> list[tuple[Cell, xr.Dataset]]:

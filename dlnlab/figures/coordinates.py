@@ -6,7 +6,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from dlnlab import checks
 from dlnlab.figures.base import (
@@ -24,8 +23,10 @@ from dlnlab.figures.base import (
     legend,
     log_axis,
     panels,
+    spread,
     value_label,
 )
+from dlnlab.figures.words import words
 
 
 class CoordinatesFigure(Figure):
@@ -190,7 +191,7 @@ class CoordinatesFigure(Figure):
             panel.plot(x, columns[f"{quantity}_law"], color="black", linewidth=0.8, linestyle="--", zorder=4)
 
     def _scale_row(self, panel: Axes, quantity: str, found: list[dict[str, np.ndarray]]) -> None:
-        panel.set_ylabel(quantity.replace("_", " "))
+        panel.set_ylabel(words(quantity))
         names = (quantity, f"{quantity}_p10", f"{quantity}_p90", f"{quantity}_law")
         values = np.concatenate([columns[name] for columns in found for name in names if name in columns])
         means = np.concatenate([columns[quantity] for columns in found])
@@ -214,9 +215,7 @@ class CoordinatesFigure(Figure):
             handles.append(Line2D([], [], color="black", linestyle="--", linewidth=0.8, label="theory"))
         if self.with_teacher:
             handles.append(Line2D([], [], color="black", marker="_", linestyle="", markersize=5, label="teacher"))
-        if (size := max(columns["members"][0] for _, columns in found)) > 1:
-            handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"{self.average}, 10–90 % of {size} seeds"))
-        return handles
+        return handles + spread((columns["members"][0] for _, columns in found), self.average)
 
 
 def _of_coordinates(array: xr.DataArray) -> np.ndarray:

@@ -8,16 +8,15 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from dlnlab.figures.base import (
     GREY,
-    SMALL_FONT_SIZE,
     Canvas,
     Figure,
+    axis_label,
     colours,
     columns_of,
+    draw_levels,
     final,
     finite,
     legend,
@@ -25,6 +24,8 @@ from dlnlab.figures.base import (
     members_only,
     panels,
     quantiles,
+    remark,
+    spread,
     value_label,
 )
 
@@ -32,6 +33,7 @@ SHARES = ("converged", "diverged")
 """Quantities that are the share of seeds with this status."""
 _MOST_DECADES = 25
 _STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), "-.")
+_LAW_STYLE = (0, (6, 1.5, 1, 1.5, 1, 1.5))  # none of the quantities'
 
 Row = dict[str, Any]
 
@@ -49,10 +51,11 @@ class CurveFigure(Figure):
         x: `step`; a variable that is followed along the steps, such as `time` (its median over seeds, interpolated
             between its records); or an axis, against
             which the last records stand.
-        labels: Texts for variants (`main` is the run itself), quantities, axes' names and x.
+        labels: Texts for variants (`main` is the run itself), quantities, axes' names and x; a panel of several quantities
+            is called by their names, `converged, diverged`, and without a text of its own by theirs, a line each.
         runs: Which are drawn, `main` and variants; None is all.
         levels: Variants whose last median is a horizontal line. Against an axis, variants without it always are.
-        laws: For a quantity, `[exponent, x]`: a dashed line of this power of x through the first line's median there.
+        laws: For a quantity, `[exponent, x]`: a grey line of this power of x through the first line's median there.
         linear: Those of the quantities and x that have linear axes; shares always do.
         means: Those of the quantities of which the mean over seeds is drawn, without a band: counts, and what is 0 or 1.
         name: The files' name without suffix; None is `curve_figure`.
@@ -126,16 +129,16 @@ class CurveFigure(Figure):
         names = list(dict.fromkeys(table["line"].tolist()))
         colour = dict(zip(names, colours(len(names)), strict=True))
         lines = {name: {key: column[table["line"] == name] for key, column in table.items()} for name in names}
-        handles = self._legend(table, colour)
+        handles = self._legend(table, colour, dataset)
         columns = 1 if max((len(handle.get_label()) for handle in handles), default=0) > 34 else 2
         figure, axes = panels(len(self.panels), header=0.14 * -(-len(handles) // columns))
         for panel, quantities in zip(axes, self.panels, strict=True):
             levels = {name: float(table[f"{quantities[0]}_{name}"][0])
                       for name in self._level_runs(dataset, variants) if f"{quantities[0]}_{name}" in table}  # fmt: skip
-            self._draw_panel(panel, quantities, lines, colour, levels)
+            self._draw_panel(panel, quantities, lines, colour, levels, dataset)
         if self.x not in self.linear:
             log_axis(axes[-1].xaxis, *_ends(table[self.x][table[self.x] > 0]))
-        axes[-1].set_xlabel(self._text(self.x))
+        axes[-1].set_xlabel(self._text(self.x, dataset))
         figure.align_ylabels(axes)
         legend(figure, handles, columns)
         return figure
@@ -185,7 +188,7 @@ class CurveFigure(Figure):
                 for key in [key for key in columns if key in (quantity, f"{quantity}_p10", f"{quantity}_p90")]:
                     columns[key] = np.where(absent, np.nan, columns[key])
             several = {axis: value for axis, value in named.items() if members.sizes[axis] > 1}
-            label = self._line_label(name, several)
+            label = self._line_label(name, several, data)
             head = {"line": label, **named, "members": cell.sizes["seed"]}
             rows += [
                 {**head, **{key: column[i] for key, column in columns.items()}}
@@ -194,21 +197,27 @@ class CurveFigure(Figure):
             ]
         return rows
 
-    def _line_label(self, name: str, values: Row) -> str:
+    def _line_label(self, name: str, values: Row, data: xr.Dataset) -> str:
         own = self.labels.get(name, "" if name == "main" else name.replace("_", " "))
         parts = (
-            value_label(axis, value) if axis not in self.labels else _with_value(self.labels[axis], value)
+            value_label(axis, value, data) if axis not in self.labels else _with_value(self.labels[axis], value)
             for axis, value in values.items()
         )
         return ", ".join(filter(None, [own, *parts]))
 
     # The drawing ------------------------------------------------------------------------------------------------------
 
-    def _text(self, name: str) -> str:
-        return self.labels.get(name, name.replace("_", " "))
+    def _text(self, name: str, data: xr.Dataset) -> str:
+        return self.labels.get(name, axis_label(name, data))
 
     def _draw_panel(
-        self, panel: Axes, quantities: list[str], lines: dict[str, Row], colour: Row, levels: dict[str, float]
+        self,
+        panel: Axes,
+        quantities: list[str],
+        lines: dict[str, Row],
+        colour: Row,
+        levels: dict[str, float],
+        data: xr.Dataset,
     ) -> None:
         shares = all(quantity in SHARES for quantity in quantities)
         linear = shares or bool(self.linear.intersection(quantities))
@@ -224,7 +233,8 @@ class CurveFigure(Figure):
             high = max(high, min(tops.max(initial=0), 10 * high))
             log_axis(panel.yaxis, max(low, high * 10.0**-_MOST_DECADES), high)
             ceiling = panel.get_ylim()[1]
-        panel.set_ylabel(self._text(quantities[0]))
+        each = "\n".join(self._text(quantity, data) for quantity in quantities)
+        panel.set_ylabel(self.labels.get(", ".join(quantities), each))
         shade = min(0.18, 0.5 / (len(lines) * len(quantities)))
         for (name, line), (quantity, style) in product(lines.items(), zip(quantities, _STYLES, strict=False)):
             if quantity not in line or np.isnan(line[quantity]).all():
@@ -249,8 +259,7 @@ class CurveFigure(Figure):
                        marker=marker, markersize=2, zorder=3)  # fmt: skip
         if shares:
             panel.set_ylim(-0.03, 1.03)
-        for place, (name, value) in enumerate(sorted(levels.items(), key=lambda level: -level[1])):
-            _draw_level(panel, value, self._text(name), above=place == 0)
+        draw_levels(panel, {self._text(name, data): value for name, value in levels.items()})
         for quantity in quantities:
             if quantity in self.laws:
                 self._draw_law(panel, quantity, next(iter(lines.values())))
@@ -266,21 +275,26 @@ class CurveFigure(Figure):
         ends = x.min(), x.max()
         limits = panel.get_ylim()
         panel.plot(np.exp(ends), [np.exp(through + exponent * (end - np.log(at))) for end in ends], color=GREY,
-                   linestyle=(0, (5, 2)), linewidth=0.8, zorder=2)  # fmt: skip
+                   linestyle=_LAW_STYLE, linewidth=0.8, zorder=2)  # fmt: skip
         panel.set_ylim(limits)
 
-    def _legend(self, table: dict[str, np.ndarray], colour: Row) -> list[Any]:
-        handles = [Line2D([], [], color=of, linewidth=1.1, label=name) for name, of in colour.items() if name]
+    def _legend(self, table: dict[str, np.ndarray], colour: Row, data: xr.Dataset) -> list[Any]:
+        handles: list[Any] = [
+            Line2D([], [], color=of, linewidth=1.1, label=name) for name, of in colour.items() if name
+        ]
         for quantities in self.panels:
             if len(quantities) > 1:
-                handles += [Line2D([], [], color=GREY, linestyle=style, linewidth=1.1, label=self._text(quantity))
+                handles += [Line2D([], [], color=GREY, linestyle=style, linewidth=1.1, label=self._text(quantity, data))
                             for quantity, style in zip(quantities, _STYLES, strict=False)]  # fmt: skip
         for quantity, (exponent, _) in self.laws.items():
-            of = f" of {self._text(quantity)}" if len(self.laws) > 1 else ""
-            handles.append(Line2D([], [], color=GREY, linestyle=(0, (5, 2)), linewidth=0.8,
+            of = f" of {self._text(quantity, data)}" if len(self.laws) > 1 else ""
+            handles.append(Line2D([], [], color=GREY, linestyle=_LAW_STYLE, linewidth=0.8,
                                   label=f"slope {exponent:g}{of}"))  # fmt: skip
-        if (size := table["members"].max()) > 1 and not self.means.issuperset(self.quantities):
-            handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size:g} seeds"))
+        averaged = self.means.intersection(self.quantities)
+        if len(averaged) < len(self.quantities):
+            handles += spread(table["members"])
+        if averaged and (size := table["members"].max()) > 1:
+            handles.append(remark(f"{'shares' if averaged <= set(SHARES) else 'means'} of {size:g} seeds"))
         return handles
 
 
@@ -310,12 +324,3 @@ def _followed(data: xr.Dataset, quantities: list[str], x: str) -> xr.Dataset:
 
 def _ends(positive: np.ndarray) -> tuple[float, float]:
     return (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 10.0)
-
-
-def _draw_level(panel: Axes, value: float, text: str, above: bool) -> None:
-    if not np.isfinite(value):
-        return
-    panel.axhline(value, color=GREY, linewidth=0.7, zorder=0.5)
-    panel.annotate(text, (1, value), xycoords=panel.get_yaxis_transform(), xytext=(0, 1.5 if above else -2),
-                   textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize=SMALL_FONT_SIZE,
-                   color=GREY, zorder=4, path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip

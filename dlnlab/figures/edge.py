@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, Canvas, Figure, colours, legend, log_axis, panels
+from dlnlab.figures.base import GREY, Canvas, Figure, colours, legend, log_axis, panels, remark, value_label
+from dlnlab.figures.words import words
 
+_DASHES = (0, (4, 3))
 _EFFECTIVE = {
     "sharpness": "effective_sharpness",
     "preconditioned_sharpness": "effective_sharpness",
@@ -78,46 +81,63 @@ class EdgeFigure(Figure):
         for unknown in self.labels.keys() - {"main", *variants}:
             raise ValueError(f"EdgeFigure.labels: no variant is called {unknown!r}; there are {', '.join(variants)}")
         rows = []
-        for variant, data in {"": dataset, **variants}.items():
-            for label, cell in _cells(data):
-                columns = {name: _median(cell, name) for name in ("train_loss", *self.quantities)}
-                for quantity in self.quantities:
-                    columns[f"{quantity}_edge"] = self._edge(cell, quantity)
-                steps = cell.step.values
-                name = ", ".join(filter(None, [self.labels.get(variant or "main", variant), label])) or "main"
-                rows += [{"line": name, "step": int(step), **{key: column[i] for key, column in columns.items()}}
-                         for i, step in enumerate(steps)]  # fmt: skip
+        for name, _, cell in self._lines(dataset, variants):
+            columns = {quantity: _median(cell, quantity) for quantity in ("train_loss", *self.quantities)}
+            for quantity in self.quantities:
+                columns[f"{quantity}_edge"] = self._edge(cell, quantity)
+            rows += [{"line": name, "step": int(step), **{key: column[i] for key, column in columns.items()}}
+                     for i, step in enumerate(cell.step.values)]  # fmt: skip
         return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+    def _lines(self, dataset: xr.Dataset, variants: dict[str, xr.Dataset]) -> list[tuple[str, str, xr.Dataset]]:
+        """The name in the table, the words of the legend and the members of each line."""
+        found = []
+        for variant, data in {"": dataset, **variants}.items():
+            run = self.labels.get(variant or "main", variant)
+            for *labels, cell in _cells(data):
+                name, shown = (", ".join(filter(None, [run, label])) or "main" for label in labels)
+                found.append((name, shown, cell))
+        return found
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
-        figure, axes = panels(1 + len(self.quantities), header=0.14 * -(-len(names) // 2) if len(names) > 1 else 0.0)
+        lines = self._lines(dataset, variants)
+        shown = {name: label for name, label, _ in lines}
+        handles: list[Any] = []
+        if len(names) > 1:
+            handles = [Line2D([], [], color=colour, linewidth=0.9, label=shown[name])
+                       for name, colour in zip(names, colours(len(names)), strict=True)]  # fmt: skip
+        edges = any(np.isfinite(table[f"{quantity}_edge"]).any() for quantity in self.quantities)
+        if edges or any(quantity.startswith("effective_") for quantity in self.quantities):
+            handles.append(Line2D([], [], color=GREY, linewidth=0.7, linestyle=_DASHES, label="edge of stability"))
+        seeds = {cell.sizes["seed"] for *_, cell in lines if "seed" in cell.dims}
+        if max(seeds, default=1) > 1:
+            handles.append(remark(f"medians of up to {max(seeds)} seeds"))
+        figure, axes = panels(1 + len(self.quantities), header=0.14 * -(-len(handles) // 2))
         for name, colour in zip(names, colours(len(names)), strict=True):
             line = table["line"] == name
             step = table["step"][line] + self.log_steps
             for panel, quantity in zip(axes, ("train_loss", *self.quantities), strict=True):
                 value = table[quantity][line]
                 seen = np.isfinite(value)
-                panel.plot(step[seen], value[seen], color=colour, linewidth=0.9, label=name)
+                panel.plot(step[seen], value[seen], color=colour, linewidth=0.9)
                 if quantity != "train_loss":
                     edge = table[f"{quantity}_edge"][line]
                     known = np.isfinite(edge)
-                    panel.plot(step[known], edge[known], color=colour, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.8)
+                    panel.plot(step[known], edge[known], color=colour, linewidth=0.7, linestyle=_DASHES, alpha=0.8)
         losses = table["train_loss"][np.isfinite(table["train_loss"]) & (table["train_loss"] > 0)]
         log_axis(axes[0].yaxis, losses.min() if len(losses) else 0.1, losses.max() if len(losses) else 1.0)
         for panel, quantity in zip(axes, ("train_loss", *self.quantities), strict=True):
-            panel.set_ylabel(quantity.replace("_", " "))
+            panel.set_ylabel(words(quantity, dataset))
             if quantity.startswith("effective_"):
-                panel.axhline(2, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)))
-        axes[-1].set_xlabel("1 + optimizer step" if self.log_steps else "optimizer step")
+                panel.axhline(2, color=GREY, linewidth=0.7, linestyle=_DASHES)
+        axes[-1].set_xlabel(("1 + " if self.log_steps else "") + words("step"))
         if self.log_steps:
             log_axis(axes[-1].xaxis, 1, 1 + table["step"].max())
         figure.align_ylabels(axes)
-        if len(names) > 1:
-            handles: list[Any] = axes[0].get_legend_handles_labels()[0]
-            legend(figure, handles, 2)
+        legend(figure, handles, 2)
         return figure
 
     @staticmethod
@@ -132,14 +152,18 @@ class EdgeFigure(Figure):
         return _median(edges.to_dataset(name="edge"), "edge")
 
 
-def _cells(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
-    """Each combination of axes but seed of which fewer than half diverge, with its label; without those that do."""
+def _cells(data: xr.Dataset) -> list[tuple[str, str, xr.Dataset]]:
+    """Each combination of axes but seed of which fewer than half diverge, named for the table and for the legend.
+
+    The members that diverge are left out.
+    """
     axes = [str(axis) for axis in data.train_loss.dims if axis not in ("seed", "step")]
     found = []
     for values in product(*(data[axis].values for axis in axes)):
         chosen: dict[str, Any] = dict(zip(axes, values, strict=True))
-        label = ", ".join(f"{axis.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.3g')}"
-                          for axis, value in chosen.items())  # fmt: skip
+        name = ", ".join(f"{axis.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.3g')}"
+                         for axis, value in chosen.items())  # fmt: skip
+        shown = ", ".join(value_label(axis, value, data) for axis, value in chosen.items())
         cell = data.sel(chosen)
         if "status" in cell:
             ended = cell["status"].isel(step=-1) != "diverged"
@@ -148,7 +172,7 @@ def _cells(data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
             cell = cell[[name for name in cell.data_vars if "step" in cell[name].dims and name != "status"]].where(
                 ended
             )
-        found.append((label, cell))
+        found.append((name, shown, cell))
     return found
 
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.lines import Line2D
 
-from dlnlab.figures.base import SMALL_FONT_SIZE, Canvas, Figure, colours, last, log_axis, panels
+from dlnlab.figures.base import GREY, SMALL_FONT_SIZE, Canvas, Figure, colours, last, legend, log_axis, panels
+from dlnlab.figures.words import words
 
 
 class EndsFigure(Figure):
@@ -18,6 +20,7 @@ class EndsFigure(Figure):
         quantity: One number per member, positive; `distance`.
         leave_out: Variants (or `main`) that are only a phase of others.
         axis: An axis of the ensemble, each of whose values has a row of its own.
+        labels: Texts for rows, by their name in the table.
         name: The files' name without suffix; None is the class's in snake_case.
 
     Raises:
@@ -29,11 +32,12 @@ class EndsFigure(Figure):
         quantity: str = "distance",
         leave_out: list[str] | None = None,
         axis: str | None = None,
+        labels: dict[str, str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         self.quantity, self.axis = quantity, axis
-        self.leave_out = leave_out or []
+        self.leave_out, self.labels = leave_out or [], labels or {}
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
         """Raise ValueError unless the quantity is recorded and the axis there."""
@@ -82,7 +86,7 @@ class EndsFigure(Figure):
         """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
-        figure, (panel,) = panels(1, height=0.5 + 0.25 * len(names))
+        figure, (panel,) = panels(1, height=0.5 + 0.25 * len(names), header=0.14)
         everything = table[self.quantity]
         positive = everything[np.isfinite(everything) & (everything > 0)]
         low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
@@ -96,8 +100,13 @@ class EndsFigure(Figure):
             if len(there):
                 panel.plot([max(np.median(there), low)] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=1.6)
             lost = len(ends) - len(there)
-            labels.append(name.replace("_", " ") + (f" ({lost} diverged)" if lost else ""))
+            labels.append(self.labels.get(name, words(name)) + (f" ({lost} diverged)" if lost else ""))
         panel.set_yticks(range(len(names)), labels, fontsize=SMALL_FONT_SIZE)
         panel.set_ylim(len(names) - 0.5, -0.5)
-        panel.set_xlabel(self.quantity.replace("_", " "))
+        panel.set_xlabel(words(self.quantity, dataset))
+        counts = sorted({int((table["line"] == name).sum()) for name in names})
+        members = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        legend(figure, [Line2D([], [], color=GREY, marker=".", markersize=3, linewidth=0, label="a member"),
+                        Line2D([], [], color=GREY, marker="|", markersize=8, markeredgewidth=1.6, linewidth=0,
+                               label=f"median of {members} members")], 2)  # fmt: skip
         return figure

@@ -6,7 +6,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from dlnlab import checks
 from dlnlab.figures.base import (
@@ -17,18 +16,21 @@ from dlnlab.figures.base import (
     Canvas,
     Cell,
     Figure,
+    axis_label,
     cells,
     colours,
     columns_of,
+    draw_levels,
     final,
     last,
     legend,
     log_axis,
-    lr_label,
     panels,
     quantiles,
+    spread,
     value_label,
 )
+from dlnlab.figures.words import words
 
 
 class FinalValueFigure(Figure):
@@ -128,15 +130,15 @@ class FinalValueFigure(Figure):
                     if self._title(cell) == title:
                         line = colour[cell.label(self.panels)]
                         _draw_line(panel, quantity, columns, self._position, line, low, beside[0].get_ylim()[1])
-                for name, value in levels.items():
-                    panel.axhline(value, color=GREY, linewidth=0.7, zorder=0.5)
-                    panel.annotate(name.replace("_", " "), (1, value), xycoords=panel.get_yaxis_transform(), ha="right",
-                                   xytext=(0, 1.5), textcoords="offset points", fontsize=SMALL_FONT_SIZE,
-                                   color=GREY)  # fmt: skip
+                if panel is beside[-1]:
+                    draw_levels(panel, {words(name): value for name, value in levels.items()})
+                else:
+                    for value in levels.values():
+                        panel.axhline(value, color=GREY, linewidth=0.7, zorder=0.5)
                 if row == 0 and title:
                     panel.set_title(title, fontsize=SMALL_FONT_SIZE, pad=3)
-            words = quantity.replace("_", " ")
-            beside[0].set_ylabel(f"{words} / ({self._x_label(dataset)})" if self.over_x else words)
+            of = words(quantity, dataset)
+            beside[0].set_ylabel(f"{of} /\n({self._x_label(dataset)})" if self.over_x else of)
         positions = np.concatenate([columns[self._position] for _, columns in found])
         log_axis(axes[-1].xaxis, positions.min(), positions.max())
         figure.supxlabel(self._x_label(dataset), fontsize=FONT_SIZE)
@@ -184,8 +186,8 @@ class FinalValueFigure(Figure):
         return value_label(self.panels, cell.values[self.panels], cell.data) or "main"
 
     def _x_label(self, dataset: xr.Dataset) -> str:
-        words = lr_label(dataset) if self.x == "lr" else self.x.replace("_", " ")
-        return words if self.per is None else f"{words} / {self.per.replace('_', ' ')}"
+        of = axis_label(self.x, dataset)
+        return of if self.per is None else f"{of} / {words(self.per)}"
 
     def _handles(self, found: list[tuple[Cell, dict[str, np.ndarray]]], colour: dict[str, Any]) -> list[Any]:
         handles: list[Any] = [
@@ -195,9 +197,7 @@ class FinalValueFigure(Figure):
         ]
         if any(f"{quantity}_law" in columns for quantity in self.quantities for _, columns in found):
             handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=0.9, label="theory, leading order"))
-        if (size := max(columns["members"].max() for _, columns in found)) > 1:
-            handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size} seeds"))
-        return handles
+        return handles + spread(columns["members"].max() for _, columns in found)
 
 
 def _number(axis: str) -> str:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import xarray as xr
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from dlnlab.figures.base import FONT_SIZE, SMALL_FONT_SIZE, Canvas, Figure, last, panels
+from dlnlab.figures.base import FONT_SIZE, GREY, SMALL_FONT_SIZE, Canvas, Figure, axis_label, last, legend, panels
+from dlnlab.figures.words import words
 
 
 class GridMapFigure(Figure):
@@ -80,7 +82,9 @@ class GridMapFigure(Figure):
         """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["panel"].tolist()))
-        figure, axes = panels(len(names), height=2.4)
+        seeds = dataset.sizes.get("seed", 1)
+        mean, lost = f"mean of {seeds} seeds: " if seeds > 1 else "", (table["diverged"] > 0.5).any()
+        figure, axes = panels(len(names), height=2.4, header=0.14 if lost else 0.0)
         shown = np.where(table["diverged"] > 0.5, np.nan, table[self.quantity])
         finite = shown[np.isfinite(shown)]
         low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
@@ -92,17 +96,20 @@ class GridMapFigure(Figure):
             # Cells of equal size, whatever the spacing of the axis: the ticks say where they are.
             image = panel.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
             rows, columns = np.nonzero(table["diverged"][here][order].reshape(len(y), len(x)) > 0.5)
-            panel.plot(columns, rows, "x", color="#6e6e6e", markersize=3)
+            panel.plot(columns, rows, "x", color=GREY, markersize=3)
             for axis, grid in ((panel.xaxis, x), (panel.yaxis, y)):
                 axis.set_major_formatter(FuncFormatter(_at(grid)))
                 axis.set_minor_formatter(NullFormatter())
-            panel.set_ylabel(self.y.replace("_", " "))
+            panel.set_ylabel(axis_label(self.y, dataset))
             if len(names) > 1:
                 panel.set_title(self.labels.get(name, name.replace("_", " ")), fontsize=FONT_SIZE)
             bar = figure.colorbar(image, ax=panel)
-            bar.set_label(f"mean {self.quantity.replace('_', ' ')}", fontsize=SMALL_FONT_SIZE)
+            bar.set_label(f"{mean}{words(self.quantity, dataset)}", fontsize=SMALL_FONT_SIZE)
             bar.ax.tick_params(labelsize=SMALL_FONT_SIZE)
-        axes[-1].set_xlabel(self.x.replace("_", " "))
+        axes[-1].set_xlabel(axis_label(self.x, dataset))
+        if lost:
+            half = "more than half of the seeds diverged" if seeds > 1 else "diverged"
+            legend(figure, [Line2D([], [], color=GREY, marker="x", markersize=3, linewidth=0, label=half)], 1)
         return figure
 
 

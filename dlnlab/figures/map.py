@@ -15,14 +15,16 @@ from dlnlab.figures.base import (
     SMALL_FONT_SIZE,
     Canvas,
     Figure,
+    LogTicks,
+    axis_label,
     colours,
     finite,
     last,
     legend,
     log_axis,
-    lr_label,
     members_only,
     panels,
+    remark,
 )
 
 _STATUS = {"running": "#9a9a9a", "diverged": "#e3e3e3"}
@@ -98,8 +100,10 @@ class MapFigure(Figure):
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the map; see `Figure.draw`."""
         grid = self._grid(dataset)
-        handles, seen = self._handles(), set(np.unique(grid["status"].values))
-        handles += [Patch(color=of, label=self._text(name)) for name, of in _STATUS.items() if name in seen]
+        handles, seen = self._handles(dataset), set(np.unique(grid["status"].values))
+        handles += [Patch(color=of, label=self.labels.get(name, name)) for name, of in _STATUS.items() if name in seen]
+        if (seeds := dataset.sizes.get("seed", 1)) > 1:
+            handles.append(remark(f"medians of {seeds} seeds"))
         figure, axes = panels(len(self.quantities), height=2.3, header=0.14 * -(-len(handles) // 2))
         x, y = _edges(grid[self.x].values), _edges(grid[self.y].values)
         for panel, name in zip(axes, self.quantities, strict=True):
@@ -109,14 +113,15 @@ class MapFigure(Figure):
             values = grid[name].values
             mesh = panel.pcolormesh(x, y, values, cmap="viridis", norm=self._norm(name, values), rasterized=True)
             self._draw_lines(panel, grid)
-            bar = figure.colorbar(mesh, ax=panel, pad=0.02, fraction=0.06)
-            bar.set_label(self._text(name), fontsize=FONT_SIZE)
+            ticks = LogTicks() if isinstance(mesh.norm, LogNorm) else None
+            bar = figure.colorbar(mesh, ax=panel, pad=0.02, fraction=0.06, ticks=ticks)
+            bar.set_label(self._text(name, dataset), fontsize=FONT_SIZE)
             bar.ax.tick_params(labelsize=SMALL_FONT_SIZE, width=0.6, length=3)
             bar.outline.set_linewidth(0.6)
-            panel.set_ylabel(self._text(self.y))
+            panel.set_ylabel(self._text(self.y, dataset))
             _fit(panel.yaxis, y)
         _fit(axes[-1].xaxis, x)
-        axes[-1].set_xlabel(lr_label(dataset) if self.x == "lr" and "lr" not in self.labels else self._text(self.x))
+        axes[-1].set_xlabel(self._text(self.x, dataset))
         figure.align_ylabels(axes)
         legend(figure, handles, columns=2)
         return figure
@@ -149,29 +154,30 @@ class MapFigure(Figure):
         low = max(positive.min(), high * 10.0**-_DECADES) if len(positive) else 0.1
         return LogNorm(low, high if high > low else 10 * low, clip=True)
 
-    def _borders(self) -> list[tuple[str, float, str, Any]]:
-        """Variable, value, colour and style of every line."""
+    def _borders(self) -> list[tuple[str, float, str, Any, float]]:
+        """Variable, value, colour, style and width of every line."""
         found = [(name, value) for name, values in self.lines.items() for value in values]
-        of = colours(len(found) + 1)
-        return [(*line, of[i], _STYLES[i % len(_STYLES)]) for i, line in enumerate(found)]
+        # Of two lines at the same place the wider one, drawn first, shows on both sides of the other.
+        of, widths = colours(len(found) + 1), np.linspace(2.2, 0.8, len(found))
+        return [(*line, of[i], _STYLES[i % len(_STYLES)], widths[i]) for i, line in enumerate(found)]
 
     def _draw_lines(self, panel: Axes, grid: xr.Dataset) -> None:
-        for name, value, colour, style in self._borders():
+        for name, value, colour, style, width in self._borders():
             values = grid[name].values
             if np.nanmin(values) < value < np.nanmax(values):
                 panel.contour(grid[self.x].values, grid[self.y].values, values, [value], colors=[colour],
-                              linestyles=[style], linewidths=0.9)  # fmt: skip
+                              linestyles=[style], linewidths=width)  # fmt: skip
 
-    def _handles(self) -> list[Any]:
+    def _handles(self, data: xr.Dataset) -> list[Any]:
         several = {name for name, values in self.lines.items() if len(values) > 1}
         return [
-            Line2D([], [], color=colour, linestyle=style, linewidth=0.9,
-                   label=f"{self._text(name)} = {value:g}" if name in several or value != 1 else self._text(name))
-            for name, value, colour, style in self._borders()
+            Line2D([], [], color=colour, linestyle=style, linewidth=width,
+                   label=self._text(name, data) + (f" = {value:g}" if name in several or value != 1 else ""))
+            for name, value, colour, style, width in self._borders()
         ]  # fmt: skip
 
-    def _text(self, name: str) -> str:
-        return self.labels.get(name, name.replace("_", " "))
+    def _text(self, name: str, data: xr.Dataset) -> str:
+        return self.labels.get(name, axis_label(name, data))
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

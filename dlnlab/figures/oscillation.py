@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from dlnlab.figures.base import (
     GREY,
@@ -20,6 +19,7 @@ from dlnlab.figures.base import (
     log_axis,
     panels,
     quantiles,
+    spread,
     value_label,
 )
 
@@ -120,11 +120,7 @@ class OscillationFigure(Figure):
             Line2D([], [], color=shades["support"], linewidth=0.9, label="on the support"),
             Line2D([], [], color=shades["rest"], linewidth=0.9, label="off the support"),
         ]
-        if dataset.sizes.get("seed", 1) > 1:
-            handles.append(
-                Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {dataset.sizes['seed']} seeds")
-            )
-        legend(figure, handles, 3)
+        legend(figure, handles + spread([dataset.sizes.get("seed", 1)]), 3)
         return figure
 
     def _cells(self, dataset: xr.Dataset) -> list[Cell]:

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.base import GREY, Canvas, Figure, colours, finite, legend, panels, value_label
+from dlnlab.figures.base import GREY, Canvas, Figure, axis_label, colours, finite, legend, panels, value_label
+from dlnlab.figures.words import words
 
 _MOST_KEYS = 8
 
@@ -95,7 +96,7 @@ class PlaneFigure(Figure):
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw the points or paths; see `Figure.draw`."""
         table = self.table(dataset, **variants)
-        of = self._kinds(table)
+        of = self._kinds(table, dataset)
         kinds = list(dict.fromkeys(of))
         colour = dict(zip(kinds, colours(len(kinds)), strict=True))
         handles = [] if len(kinds) < 2 else [
@@ -103,12 +104,15 @@ class PlaneFigure(Figure):
         ]  # fmt: skip
         if self.product is not None:
             handles.append(Line2D([], [], color=GREY, linewidth=0.8, label=f"product {self.product:g}"))
+        for name, value in self.levels.items():
+            label = f"{self._text(name, dataset)} = {value:.4g}"
+            handles.append(Line2D([], [], color=GREY, linewidth=0.7, label=label))
         figure, axes = panels(len(self.y), height=2.4, header=0.14 * -(-len(handles) // 2))
         for panel, name in zip(axes, self.y, strict=True):
             for kind in kinds:
                 chosen = (of == kind) & np.isfinite(table[name]) & np.isfinite(table[self.x])
                 self._draw_kind(panel, {key: column[chosen] for key, column in table.items()}, name, colour[kind])
-            panel.set_ylabel(self._text(name))
+            panel.set_ylabel(self._text(name, dataset))
             if name in self.levels:
                 panel.axhline(self.levels[name], color=GREY, linewidth=0.7, zorder=0.5)
             if name in self.limits:
@@ -116,7 +120,7 @@ class PlaneFigure(Figure):
             if self.x in self.limits:
                 panel.set_xlim(*self.limits[self.x])
             self._draw_product(panel, finite(table[self.x]))
-        axes[-1].set_xlabel(self._text(self.x))
+        axes[-1].set_xlabel(self._text(self.x, dataset))
         figure.align_ylabels(axes)
         legend(figure, handles, columns=2)
         return figure
@@ -173,15 +177,13 @@ class PlaneFigure(Figure):
                 panel.plot(at, self.product / at, color=GREY, linewidth=0.8, zorder=0.5)
         panel.set(xlim=limits[0], ylim=limits[1])
 
-    def _kinds(self, table: dict[str, np.ndarray]) -> np.ndarray:
+    def _kinds(self, table: dict[str, np.ndarray], data: xr.Dataset) -> np.ndarray:
         """Of every row what its colour tells: the variant, or within the run itself the value of the axis."""
-        found = np.array(
-            [self.labels.get(name or "main", (name or "main").replace("_", " ")) for name in table["variant"]]
-        )
+        found = np.array([self.labels.get(name or "main", words(name or "main")) for name in table["variant"]])
         if self.colour is None:
             return found
-        values = [value_label(self.colour, value) for value in table[self.colour]]
+        values = [value_label(self.colour, value, data) for value in table[self.colour]]
         return np.where(table["variant"] == "", values, found)
 
-    def _text(self, name: str) -> str:
-        return self.labels.get(name, name.replace("_", " "))
+    def _text(self, name: str, data: xr.Dataset) -> str:
+        return self.labels.get(name, axis_label(name, data))

@@ -1,16 +1,28 @@
 """RankFigure: singular values and the rank they make, over time."""
 
+from collections.abc import Collection
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
 from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.base import Canvas, Figure, colours, legend, log_axis, panels, quantiles
+from dlnlab.figures.base import (
+    Canvas,
+    Figure,
+    colours,
+    legend,
+    log_axis,
+    panels,
+    quantiles,
+    remark,
+    spread,
+    value_label,
+)
+from dlnlab.figures.words import words
 
-X_LABELS = {"step": "optimizer step", "time": "time"}
 _FLOOR = 1e-12
 """Of a singular value beside the largest: below there is only rounding."""
 
@@ -28,6 +40,7 @@ class RankFigure(Figure):
         x: `step` or `time`.
         log_time: Draw it logarithmically.
         leave_out: Variants (or `main`) that are not drawn: what others start from.
+        labels: Texts for variants (`main` is the run itself).
         name: The files' name without suffix; None is the class's in snake_case.
 
     Raises:
@@ -41,14 +54,15 @@ class RankFigure(Figure):
         x: Literal["step", "time"] = "step",
         log_time: bool = False,
         leave_out: list[str] | None = None,
+        labels: dict[str, str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         self.index = checks.integer("index", index, at_least=2)
         self.errors = ["distance"] if errors is None else errors
-        self.x = checks.one_of("RankFigure.x", x, X_LABELS)
+        self.x = checks.one_of("RankFigure.x", x, ("step", "time"))
         self.log_time = checks.flag("log_time", log_time)
-        self.leave_out = leave_out or []
+        self.leave_out, self.labels = leave_out or [], labels or {}
 
     def check(self, variables: set[str], axes: dict[str, list]) -> None:
         """Raise ValueError unless `RankTracker` measures."""
@@ -69,23 +83,21 @@ class RankFigure(Figure):
         """
         columns: dict[str, list[Any]] = {}
         names = ["rank", *self.errors]
-        for variant, data in {"main": dataset, **variants}.items():
-            if variant in self.leave_out:
-                continue
-            for label, cell in cells(variant if variants else "", data):
-                kept = cell.isel(step=np.flatnonzero(cell["rank"].notnull().any("seed").values))
-                alive = (kept["status"] != "diverged").values
-                values = kept["singular_values"].values
-                second = values[..., self.index - 1] / values[..., 0] if values.shape[-1] >= self.index else np.nan
-                found = {"singular_value": second * np.ones_like(kept["rank"].values)}
-                found |= {name: kept[name].values if name in kept else np.full(alive.shape, np.nan) for name in names}
-                seeds, at = np.indices(alive.shape)
-                steps = kept.step.values[at.ravel()]
-                found = {name: np.where(alive, value, np.nan) for name, value in found.items()}
-                rows = {"line": np.full(alive.size, label), "member": seeds.ravel(), "step": steps}
-                rows["time"] = kept["time"].broadcast_like(kept["rank"]).transpose("seed", "step").values
-                for name, value in {**rows, **found}.items():
-                    columns.setdefault(name, []).append(np.ravel(value))
+        for line in cells(dataset, variants, self.leave_out, self.labels):
+            label, cell = line.name, line.members
+            kept = cell.isel(step=np.flatnonzero(cell["rank"].notnull().any("seed").values))
+            alive = (kept["status"] != "diverged").values
+            values = kept["singular_values"].values
+            second = values[..., self.index - 1] / values[..., 0] if values.shape[-1] >= self.index else np.nan
+            found = {"singular_value": second * np.ones_like(kept["rank"].values)}
+            found |= {name: kept[name].values if name in kept else np.full(alive.shape, np.nan) for name in names}
+            seeds, at = np.indices(alive.shape)
+            steps = kept.step.values[at.ravel()]
+            found = {name: np.where(alive, value, np.nan) for name, value in found.items()}
+            rows = {"line": np.full(alive.size, label), "member": seeds.ravel(), "step": steps}
+            rows["time"] = kept["time"].broadcast_like(kept["rank"]).transpose("seed", "step").values
+            for name, value in {**rows, **found}.items():
+                columns.setdefault(name, []).append(np.ravel(value))
         return {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
@@ -94,8 +106,9 @@ class RankFigure(Figure):
         errors = [name for name in self.errors if np.isfinite(table[name]).any()]
         lines = list(dict.fromkeys(table["line"].tolist()))
         colour = dict(zip(lines, colours(len(lines)), strict=True))
-        columns = 1 if max(map(len, lines)) > 26 else 2
-        figure, axes = panels(2 + len(errors), header=0.14 * -(-len(lines) // columns))
+        handles = self._legend(dataset, variants, colour, bool(errors))
+        columns = 1 if max(len(handle.get_label()) for handle in handles) > 34 else 2
+        figure, axes = panels(2 + len(errors), header=0.14 * -(-len(handles) // columns))
         top, middle, *below = axes
         log_axis(top.yaxis, _FLOOR, 1.0)
         for line in lines:
@@ -113,33 +126,70 @@ class RankFigure(Figure):
                 low, centre, high = quantiles(by_step[name].T, (0.1, 0.5, 0.9))
                 panel.fill_between(at, low, high, color=colour[line], alpha=0.15, linewidth=0)
                 panel.plot(at, np.where(np.isfinite(centre), centre, np.nan), color=colour[line], linewidth=1.1)
-        top.set_ylabel(rf"$s_{self.index}/s_1$")
+        top.set_ylabel(rf"$s_{self.index}/s_1$ of each member")
         middle.set_ylabel("mean rank")
         for name, panel in zip(errors, below, strict=True):
             drawn = table[name][np.isfinite(table[name]) & (table[name] > 0)]
             log_axis(panel.yaxis, np.quantile(drawn, 0.01), np.quantile(drawn, 0.99))
-            panel.set_ylabel(name.replace("_", " "))
+            panel.set_ylabel(words(name, dataset))
         if self.log_time:
             positive = table[self.x][table[self.x] > 0]
             log_axis(axes[-1].xaxis, positive.min(), positive.max())
-        axes[-1].set_xlabel(X_LABELS[self.x])
+        axes[-1].set_xlabel(words(self.x))
         figure.align_ylabels(axes)
-        if len(lines) > 1:
-            legend(figure, [Line2D([], [], color=colour[line], linewidth=1.1, label=line) for line in lines], columns)
+        legend(figure, handles, columns)
         return figure
 
+    def _legend(
+        self, dataset: xr.Dataset, variants: dict[str, xr.Dataset], colour: dict[str, Any], with_band: bool
+    ) -> list[Any]:
+        drawn = cells(dataset, variants, self.leave_out, self.labels)
+        handles: list[Any] = []
+        if len(drawn) > 1:
+            handles = [Line2D([], [], color=colour[line.name], linewidth=1.1, label=line.words) for line in drawn]
+        sizes = [line.members.sizes["seed"] for line in drawn]
+        return handles + (spread(sizes) if with_band else [remark(f"{max(sizes)} members a line")] * (max(sizes) > 1))
 
-def cells(variant: str, data: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
-    """The cells of a grid, all axes but `seed`, which is there in each, with their labels."""
-    if "seed" not in data.dims:
-        data = data.expand_dims("seed")
-    axes = [str(axis) for axis in data["status"].dims if axis not in ("seed", "step")]
-    varied = [axis for axis in axes if data.sizes[axis] > 1]
+
+class Line(NamedTuple):
+    """A cell of the grid (all axes but `seed`) of a run or a variant."""
+
+    name: str
+    """What it is called in a table, `sgd, lr 0.1`."""
+    words: str
+    """What it is called in a legend."""
+    members: xr.Dataset
+    """Its results, `seed` and `step` the first dimensions."""
+
+
+def cells(
+    dataset: xr.Dataset, variants: dict[str, xr.Dataset], leave_out: Collection[str], labels: dict[str, str]
+) -> list[Line]:
+    """The cells of a run and of its variants.
+
+    Args:
+        dataset: A run's results.
+        variants: Those of its variants.
+        leave_out: Variants (or `main`) without cells.
+        labels: Words for variants (`main` is the run itself).
+
+    Returns:
+        The cells; an axis of one value is not worth words.
+    """
     found = []
-    for place in product(*(range(data.sizes[axis]) for axis in axes)):
-        cell = data.isel(dict(zip(axes, place, strict=True))).transpose("seed", "step", ...)
-        values = [f"{axis.replace('_', ' ')} {_shown(cell[axis].item())}" for axis in varied]
-        found.append((", ".join(filter(None, [variant.replace("_", " "), *values])) or "all", cell))
+    for variant, data in {"main": dataset, **variants}.items():
+        if variant in leave_out:
+            continue
+        data = data if "seed" in data.dims else data.expand_dims("seed")
+        axes = [str(axis) for axis in data["status"].dims if axis not in ("seed", "step")]
+        varied = [axis for axis in axes if data.sizes[axis] > 1]
+        run = variant.replace("_", " ") if variants else ""
+        for place in product(*(range(data.sizes[axis]) for axis in axes)):
+            cell = data.isel(dict(zip(axes, place, strict=True))).transpose("seed", "step", ...)
+            values = {axis: cell[axis].item() for axis in varied}
+            named = [run, *(f"{axis.replace('_', ' ')} {_shown(value)}" for axis, value in values.items())]
+            said = [labels.get(variant, run), *(value_label(axis, value, data) for axis, value in values.items())]
+            found.append(Line(*(", ".join(filter(None, parts)) or "all" for parts in (named, said)), cell))
     return found
 
 

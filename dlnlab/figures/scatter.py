@@ -7,7 +7,6 @@ import xarray as xr
 from matplotlib.lines import Line2D
 
 from dlnlab import checks
-from dlnlab.figures.axis import _words
 from dlnlab.figures.base import (
     GREY,
     SMALL_FONT_SIZE,
@@ -18,8 +17,10 @@ from dlnlab.figures.base import (
     legend,
     log_axis,
     panels,
+    remark,
     value_label,
 )
+from dlnlab.figures.words import words
 
 _MOST_KEYS, _FEWEST = 6, 4
 
@@ -99,12 +100,13 @@ class ScatterFigure(Figure):
             places = np.unique(np.linspace(0, len(kinds) - 1, min(len(kinds), _MOST_KEYS)).round().astype(int))
             handles = [
                 Line2D([], [], color=colour[kinds[i]], marker="o", markersize=3, linewidth=0,
-                       label=value_label(self.colour, kinds[i]))
+                       label=value_label(self.colour, kinds[i], dataset))
                 for i in places
             ]  # fmt: skip
         if self.diagonal:
             handles.append(Line2D([], [], color=GREY, linewidth=0.7, label="equal"))
-        figure, axes = panels(len(self.y), header=0.14 * -(-len(handles) // 2))
+        handles.append(remark("a dot for each member"))
+        figure, axes = panels(len(self.y), header=0.14 * -(-len(handles) // 3))
         ends = table[self.x].min(initial=np.inf), table[self.x].max(initial=0)
         ends = ends if ends[1] > 0 else (0.1, 1.0)
         for panel, name in zip(axes, self.y, strict=True):
@@ -112,7 +114,7 @@ class ScatterFigure(Figure):
             drawn = np.isfinite(y)
             low, high = (y[drawn].min(), y[drawn].max()) if drawn.any() else (0.1, 1.0)
             log_axis(panel.yaxis, low, high)
-            panel.set_ylabel(_words(name))
+            panel.set_ylabel(words(name, dataset))
             if self.diagonal:
                 panel.axline((ends[0], ends[0]), (2 * ends[0], 2 * ends[0]), color=GREY, linewidth=0.7, zorder=1)
             of = np.full(len(y), "", dtype=object) if self.colour is None else table[self.colour]
@@ -120,14 +122,14 @@ class ScatterFigure(Figure):
                 chosen = drawn & (of == kind)
                 panel.plot(table[self.x][chosen], y[chosen], "o", color=colour[kind], markersize=2, alpha=0.6,
                            markeredgewidth=0)  # fmt: skip
-            panel.set_title(self._correlations(table, name, kinds), fontsize=SMALL_FONT_SIZE, pad=2)
+            panel.set_title(self._correlations(table, name, kinds, dataset), fontsize=SMALL_FONT_SIZE, pad=2)
         log_axis(axes[-1].xaxis, *ends)
-        axes[-1].set_xlabel(_words(self.x))
+        axes[-1].set_xlabel(words(self.x, dataset))
         figure.align_ylabels(axes)
         legend(figure, handles, 3)
         return figure
 
-    def _correlations(self, table: dict[str, np.ndarray], name: str, kinds: list[Any]) -> str:
+    def _correlations(self, table: dict[str, np.ndarray], name: str, kinds: list[Any], data: xr.Dataset) -> str:
         """The text above a panel; empty where a seed has too few members, or colours are many."""
         if self.colour == "seed" or len(kinds) > _MOST_KEYS or "seed" not in table:
             return ""
@@ -141,6 +143,7 @@ class ScatterFigure(Figure):
                 if chosen.sum() > _FEWEST:
                     found.append(np.corrcoef(ranks)[0, 1])
             if found:
-                label = "" if self.colour is None else f"{value_label(self.colour, kind)}: "
-                texts.append(f"{label}{np.median(found):.2f}")
-        return f"rank correlation  {'  '.join(texts)}" if texts else ""
+                label = "" if self.colour is None else f"{value_label(self.colour, kind, data)}: "
+                texts.append(f"{label}{np.median(found):.2f} ({len(found)} seeds)")
+        head = "rank correlation within each seed, median over seeds"
+        return f"{head}\n{'   '.join(texts)}" if texts else ""

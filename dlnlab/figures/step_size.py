@@ -1,5 +1,6 @@
 """StepSizeFigure: where does training end, as a function of the step size?"""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -7,33 +8,37 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
+from matplotlib.transforms import ScaledTranslation
 
 from dlnlab import checks
 from dlnlab.figures.base import (
     EDGES,
     GREY,
-    SMALL_FONT_SIZE,
     Cell,
     Figure,
     cells,
     colours,
     columns_of,
+    draw_levels,
     final,
     finite,
     last,
     legend,
     log_axis,
     lr_label,
+    lr_symbol,
     panels,
     power_of_ten,
     quantiles,
+    spread,
 )
+from dlnlab.figures.words import words
 
 DEFAULT_QUANTITIES = ("distance", "test_loss")
-LEVELS = {"gradient_flow": "gradient flow", "min_l2": r"minimum $\ell_2$"}
-"""A variable `<quantity>_<key>` of the data set is drawn as a horizontal level with this label."""
+LEVELS = ("gradient_flow", "min_l2")
+"""A variable `<quantity>_<level>` of the data set is drawn as a horizontal level."""
+
+_EDGES = {"largest_converging_lr": "--", "smallest_diverging_lr": ":"}
 
 Lines = dict[str, dict[str, np.ndarray]]
 """A line's label -> its rows of the table, by column."""
@@ -49,10 +54,11 @@ class StepSizeFigure(Figure):
 
     Vertical lines in a line's colour: **dashed**, the largest step size at which at least half of the seeds converge,
     where the grid has a larger one, at which they do not; **dotted**, the smallest step size at which at least half of
-    the seeds have diverged. A member converges if its status is `converged`, or if it is still `running` and its last
-    train_loss is below `settled` times its first (small step sizes rarely reach the guard's tolerance in time, while
-    members that oscillate at the edge of stability keep a loss of its first order). Without train_loss only the status
-    counts. Between the two lines neither half of the seeds converges nor half has diverged.
+    the seeds have diverged; where several belong at one place, they are drawn beside each other. A member converges if its
+    status is `converged`, or if it is still `running` and its last train_loss is below `settled` times its first (small
+    step sizes rarely reach the guard's tolerance in time, while members that oscillate at the edge of stability keep a
+    loss of its first order). Without train_loss only the status counts. Between the two lines neither half of the seeds
+    converges nor half has diverged.
 
     `over` measures step sizes by an edge of each member's own problem instead, so that one instance's edge is not smeared
     over another's safe zone: members are gathered in bins of step_size/edge as wide as the grid's median ratio, one of
@@ -133,18 +139,18 @@ class StepSizeFigure(Figure):
         names = list(dict.fromkeys(table["line"].tolist()))
         colour = dict(zip(names, colours(len(names)), strict=True))
         lines = {name: {key: column[table["line"] == name] for key, column in table.items()} for name in names}
-        handles = _legend(lines, colour, quantities, "seeds" if self.over is None else "members")
+        handles = _legend(lines, colour, quantities, "seeds" if self.over is None else "members", lr_symbol(dataset))
         figure, axes = panels(len(quantities), header=0.14 * -(-len(handles) // 2))
         for panel, quantity in zip(axes, quantities, strict=True):
             levels = {name: table[f"{quantity}_{name}"][0] for name in _levels(quantity, dataset, variants)}
-            _draw_panel(panel, quantity, lines, colour, levels, self._x)
+            _draw_panel(panel, quantity, lines, colour, levels, self._x, words(quantity, dataset))
             if self.over is not None:
                 panel.axvline(1, color=GREY, linewidth=0.7, zorder=0.5)
         log_axis(axes[-1].xaxis, table[self._x].min(), table[self._x].max())
         if self.over is None:
             axes[-1].set_xlabel(lr_label(dataset))
         else:
-            axes[-1].set_xlabel(rf"step size $\gamma$ / {EDGES.get(self.over, self.over)}")
+            axes[-1].set_xlabel(rf"step size ${lr_symbol(dataset)}$ / {EDGES.get(self.over, words(self.over))}")
         figure.align_ylabels(axes)
         legend(figure, handles, 2)
         return figure
@@ -221,14 +227,13 @@ def _levels(quantity: str, dataset: xr.Dataset, variants: dict[str, xr.Dataset])
 
 
 def _draw_panel(
-    panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any], levels: dict[str, float], x: str
+    panel: Axes, quantity: str, lines: Lines, colour: dict[str, Any], levels: dict[str, float], x: str, label: str
 ) -> None:
     drawn = [line[key] for line in lines.values() for key in (quantity, f"{quantity}_p10")]
     drawn = finite(np.concatenate([*drawn, np.array(list(levels.values()))]))
     tops = finite(np.concatenate([line[f"{quantity}_p90"] for line in lines.values()]))
     positive = np.concatenate([drawn, tops])[np.concatenate([drawn, tops]) > 0]
     smallest = positive.min() if len(positive) else 1.0
-    label = quantity.replace("_", " ")
     floor = smallest
     if (drawn <= 0).any():
         floor = 10 ** np.floor(np.log10(smallest) - 1)
@@ -246,34 +251,36 @@ def _draw_panel(
             panel.vlines(line[x][exists], low[exists], high[exists], color=colour[name], alpha=0.4, linewidth=2)
         median = np.where(np.isfinite(line[quantity]), np.maximum(line[quantity], floor), np.nan)
         panel.plot(line[x], median, color=colour[name], linewidth=1.1, marker="o", markersize=2, zorder=3)
-        for key, style in (("largest_converging_lr", "--"), ("smallest_diverging_lr", ":")):
-            if np.isfinite(line[key][0]):
-                panel.axvline(line[key][0], color=colour[name], linestyle=style, linewidth=0.9, zorder=1)
-    for place, (name, value) in enumerate(sorted(levels.items(), key=lambda level: -level[1])):
-        panel.axhline(max(value, floor), color=GREY, linewidth=0.7, zorder=0.5)
-        # The highest level's name stands on its line, the others' hang below theirs, so that two never meet.
-        above = place == 0
-        panel.annotate(LEVELS.get(name, name), (1, max(value, floor)), xycoords=panel.get_yaxis_transform(),
-                       xytext=(0, 1.5 if above else -2), textcoords="offset points", ha="right",
-                       va="bottom" if above else "top", fontsize=SMALL_FONT_SIZE, color=GREY, zorder=2,
-                       path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+    _draw_edges(panel, lines, colour)
+    draw_levels(panel, {words(name): max(value, floor) for name, value in levels.items()})
 
 
-def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str], members: str) -> list[Any]:
+def _draw_edges(panel: Axes, lines: Lines, colour: dict[str, Any]) -> None:
+    """Vertical lines, those at one place beside each other."""
+    at: dict[float, list[tuple[str, str]]] = {}
+    for (name, line), (key, style) in product(lines.items(), _EDGES.items()):
+        if np.isfinite(line[key][0]):
+            at.setdefault(line[key][0], []).append((name, style))
+    for place, found in at.items():
+        for i, (name, style) in enumerate(found):
+            drawn = panel.axvline(place, color=colour[name], linestyle=style, linewidth=0.9, zorder=1)
+            inches = 1.6 / 72 * (i - (len(found) - 1) / 2)
+            drawn.set_transform(drawn.get_transform() + ScaledTranslation(inches, 0, panel.figure.dpi_scale_trans))
+
+
+def _legend(lines: Lines, colour: dict[str, Any], quantities: list[str], members: str, symbol: str) -> list[Any]:
     names, keys = [], []
     for name, line in lines.items():
         lost = all(np.isposinf(line[quantity]).all() for quantity in quantities)
         if label := " ".join(filter(None, [name, "(diverged)" if lost else ""])):
             names.append(Line2D([], [], color=colour[name], linewidth=1.1, marker="o", markersize=2, label=label))
-    for key, style, label in (
-        ("largest_converging_lr", "--", r"largest $\gamma$ that converges"),
-        ("smallest_diverging_lr", ":", r"smallest $\gamma$ that diverges"),
-    ):
+    several = any(line["members"].max() > 1 for line in lines.values())
+    ends = ("≥ half converge", "≥ half diverge") if several else ("it converges", "it diverges")
+    for (key, style), extreme, end in zip(_EDGES.items(), ("largest", "smallest"), ends, strict=True):
+        label = rf"{extreme} ${symbol}$ at which {end}"
         if any(np.isfinite(line[key][0]) for line in lines.values()):
             keys.append(Line2D([], [], color=GREY, linestyle=style, linewidth=0.9, label=label))
-    size = max(line["members"].max() for line in lines.values())
-    if size > 1:
-        keys.append(Patch(color=GREY, alpha=0.25, linewidth=0, label=f"10–90 % of {size} {members}"))
+    keys += spread((line["members"].max() for line in lines.values()), of=members)
     # Two columns are filled one after the other: blanks keep the lines in the left one.
     blanks = [Line2D([], [], alpha=0, label=" ")] * (len(keys) - len(names) if names else 0)
     return names + blanks + keys

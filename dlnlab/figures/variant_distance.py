@@ -16,10 +16,13 @@ from dlnlab.figures.base import (
     legend,
     log_axis,
     lr_label,
+    lr_symbol,
     panels,
     quantiles,
+    spread,
     value_label,
 )
+from dlnlab.figures.words import words
 
 
 class VariantDistanceFigure(Figure):
@@ -85,7 +88,7 @@ class VariantDistanceFigure(Figure):
         for values in product(*(distance[axis].values for axis in axes)):
             cell = distance.sel(dict(zip(axes, values, strict=True))).transpose("lr", "seed").values
             low, middle, high = quantiles(cell, (0.1, 0.5, 0.9))
-            label = ", ".join(value_label(axis, value) for axis, value in zip(axes, values, strict=True))
+            label = ", ".join(value_label(axis, value, dataset) for axis, value in zip(axes, values, strict=True))
             lr, count = distance.lr.values, np.isfinite(cell).sum(1)
             slopes = np.array([_slope(lr, seed) for seed in cell.T])
             slope = np.median(slopes[np.isfinite(slopes)]) if np.isfinite(slopes).any() else np.nan
@@ -98,7 +101,7 @@ class VariantDistanceFigure(Figure):
         """Draw the table; see `Figure.draw`."""
         table = self.table(dataset, **variants)
         names = list(dict.fromkeys(table["line"].tolist()))
-        figure, (panel,) = panels(1, height=2.3, header=0.14 * len(names))
+        figure, (panel,) = panels(1, height=2.3, header=0.14 * (len(names) + 2))
         seen = np.concatenate([table["median"], table["p10"][np.isfinite(table["median"])]])
         seen = seen[np.isfinite(seen) & (seen > 0)]
         low, high = (seen.min(), seen.max()) if len(seen) else (0.1, 1.0)
@@ -114,15 +117,19 @@ class VariantDistanceFigure(Figure):
                                linewidth=0)  # fmt: skip
             label = name
             if np.isfinite(slope := line["slope"][0]) and np.isfinite(line["median"]).any():
-                label += rf": $\gamma^{{{slope:.2f}}}$"
+                label += rf": ${lr_symbol(dataset)}^{{{slope:.2f}}}$"
                 first = np.flatnonzero(np.isfinite(line["median"]))[0]
                 panel.plot(line["lr"], line["median"][first] * (line["lr"] / line["lr"][first]) ** slope, color=GREY,
                            linewidth=0.7, zorder=2)  # fmt: skip
             handles.append(Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2, label=label))
         log_axis(panel.xaxis, table["lr"].min(), table["lr"].max())
         panel.set_xlabel(lr_label(dataset))
-        panel.set_ylabel(f"distance to the end of {self.variant}\nrelative to its norm")
-        legend(figure, handles, 1)
+        panel.set_ylabel(r"relative $\ell_2$ distance" + f"\nto the end of {words(self.variant)}")
+        if handles:
+            handles.append(
+                Line2D([], [], color=GREY, linewidth=0.7, label="power of the first half decade, median of seeds")
+            )
+        legend(figure, handles + spread([dataset.sizes.get("seed", 1)]), 1)
         return figure
 
 

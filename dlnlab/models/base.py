@@ -141,6 +141,9 @@ class LinearNetwork(LightningModule):
     dims: ClassVar[dict[str, list[str]]] = {}
     """Names of its variables' trailing dimensions, where they are not `coordinate` or `row` and `column`."""
 
+    lr_symbol: ClassVar[str] = r"\gamma"
+    """The step size in figures, as the papers on this network write it: TeX, without dollar signs."""
+
     closed_form_optimizers: ClassVar[tuple[type[Optimizer], ...]] = (GainSGD,)
     """The optimizers whose steps `advance_closed_form` takes, where there is one."""
 

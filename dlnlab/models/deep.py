@@ -51,6 +51,7 @@ class DeepLinearNetwork(LinearNetwork):
     """
 
     axes: ClassVar[tuple[str, ...]] = (*LinearNetwork.axes, "init_scale")
+    lr_symbol: ClassVar[str] = r"\eta"
 
     def __init__(
         self,

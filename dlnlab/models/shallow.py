@@ -50,6 +50,7 @@ class ShallowLinearNetwork(LinearNetwork):
     """
 
     axes: ClassVar[tuple[str, ...]] = (*LinearNetwork.axes, "init", "init_scale")
+    lr_symbol: ClassVar[str] = r"\eta"
     dims: ClassVar = {"beta": ["feature"]}  # the coordinates are those of a and b
 
     def __init__(

@@ -50,6 +50,9 @@ def test_the_iterates_converge_at_the_threshold_and_at_the_scans_below_it_but_no
     assert found.gamma_max.dims == ("lr", "batch_size", "seed")
     assert bool((found.gamma_max.isel(lr=0) == found.gamma_max.isel(lr=1)).all())  # a member's own step plays no part
     assert bool((found.gamma_max <= found.gamma_tilde_max).all())
+    for name in ("gamma_max", "gamma_tilde_max"):
+        ratio = found[f"{name}_first_failure"] / found[name]
+        assert bool(((ratio > 1) & (ratio <= 1.02)).all())  # tol
 
     def converges(lr, size, seed):
         x, y = data.problems.x[seed].numpy(), data.problems.y[seed].numpy()
@@ -72,22 +75,28 @@ def test_the_iterates_converge_at_the_threshold_and_at_the_scans_below_it_but_no
 
 
 @pytest.mark.parametrize(
-    ("pass_below", "islands", "expected", "expected_islands"),
-    [(0.5, [], 0.5, 0), (0.5, [(0.9, 1.4)], 0.5, 2), (1e-9, [], np.nan, 0), (1e-9, [(0.9, 1.4)], np.nan, 2),
-     (99, [], np.inf, 0)],
+    ("below", "islands", "above", "last"),
+    [(0.5, [], 0.5, 0.5), (0.5, [(0.9, 1.4)], 0.5, 10**0.125), (0.5, [(0.7, 0.9), (1.2, 3.3), (9, 99)], 0.5, np.inf),
+     (1e-9, [], 0.1, np.nan), (1e-9, [(0.9, 1.4)], 0.1, 10**0.125), (99, [], np.inf, np.inf)],
 )  # fmt: skip
-def test_a_threshold_is_the_first_failure_from_below(pass_below, islands, expected, expected_islands):
-    def trial(members, lr):
-        good = lr * (1 + members) <= pass_below
-        for low, high in islands:
-            good |= (lr * (1 + members) > low) & (lr * (1 + members) < high)
-        return good, lr * (1 + members) > 3
+def test_a_threshold_is_the_first_failure_from_below_and_says_what_succeeds_above(below, islands, above, last):
+    def good(members, lr):
+        inside = [(lr * (1 + members) > low) & (lr * (1 + members) < high) for low, high in islands]
+        return torch.stack([lr * (1 + members) <= below, *inside]).any(0)
 
-    scale = torch.tensor([1.0, 0.5])
-    found = thresholds(trial, 0.1 * scale, 10 * scale, 17, 1e-4)  # the scan has eight step sizes a decade
-    for values, truth in zip(found, (expected, 3.0, expected_islands), strict=True):
-        truth = truth * scale if truth == expected or truth == 3 else torch.full((2,), float(truth))
-        torch.testing.assert_close(values, truth, rtol=1e-4, atol=0, equal_nan=True)  # tol
+    scale = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    truths = (np.nan if below < 0.1 else np.inf if below > 10 else below, above, last, len(islands))
+    # The holes may be of either kind: those of the step sizes that converge, or of those that do not diverge.
+    for kind, trial in enumerate((lambda m, lr: (good(m, lr), lr * (1 + m) > 3), lambda m, lr: (m < 0, ~good(m, lr)))):
+        found = thresholds(trial, 0.1 * scale, 10 * scale, 17, 1e-4)  # the scan has eight step sizes a decade
+        assert [len(values) for values in found] == [2] * 4
+        for values, truth in zip(found[:3], truths, strict=False):
+            # 10^(1/8) is the scan's last step size on the island; brackets end at tol.
+            torch.testing.assert_close(values[kind], truth * scale, rtol=1e-4, atol=0, equal_nan=True)
+        assert found.islands[kind].tolist() == [len(islands)] * 2
+        if kind == 0:
+            torch.testing.assert_close(found.below[1], 3.0 * scale, rtol=1e-4, atol=0)  # tol
+            assert bool((found.islands[1] == 0).all()) and bool((found.above[1] <= 3.0 * scale * (1 + 1e-4)).all())
 
 
 def test_thresholds_are_of_the_last_step_unless_scheduled():

@@ -52,7 +52,7 @@ def test_along_the_steps_each_cell_is_a_line_of_medians_over_seeds(grid):
     figure = CurveFigure().draw(data)
     for found, own in zip(lines(figure), values, strict=True):
         np.testing.assert_array_equal(found, (STEPS[1:], np.median(own, axis=0)[1:]))  # 0 has no logarithm
-    assert legend(figure) == [r"$\gamma$ = 0.1", r"$\gamma$ = 0.2", "10–90 % of 5 seeds"]
+    assert legend(figure) == [r"$\gamma$ = 0.1", r"$\gamma$ = 0.2", "median, 10–90 % of 5 seeds"]
 
 
 def test_the_table_has_the_band_and_leaves_out_steps_at_which_nothing_was_recorded(grid):
@@ -69,7 +69,7 @@ def test_means_are_drawn_without_a_band_where_asked(grid):
     figure = CurveFigure(["distance"], means=["distance"], linear=["distance", "step"]).draw(data)
     for found, own in zip(lines(figure), values, strict=True):
         np.testing.assert_allclose(found, (STEPS, own.mean(0)))
-    assert legend(figure) == [r"$\gamma$ = 0.1", r"$\gamma$ = 0.2"]
+    assert legend(figure) == [r"$\gamma$ = 0.1", r"$\gamma$ = 0.2", "means of 5 seeds"]
 
 
 def test_a_variable_as_x_is_interpolated_between_its_records(grid):

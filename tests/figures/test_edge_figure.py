@@ -29,7 +29,7 @@ def test_a_run_and_its_variants_are_called_what_their_labels_say():
     figure = EdgeFigure(labels={"main": "lr 0.1", "slow": "lr 0.02"})
     assert set(figure.table(run(0.1), slow=run(0.02))["line"]) == {"lr 0.1", "lr 0.02"}
     drawn = figure.draw(run(0.1), slow=run(0.02))
-    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["lr 0.1", "lr 0.02"]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["lr 0.1", "lr 0.02", "edge of stability"]
     with pytest.raises(ValueError, match=r"EdgeFigure.labels: no variant is called 'fast'; there are slow"):
         EdgeFigure(labels={"fast": "lr 1"}).table(run(0.1), slow=run(0.02))
 

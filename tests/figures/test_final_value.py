@@ -45,7 +45,8 @@ def test_per_an_axis_x_is_the_quotient_and_over_x_what_is_proportional_becomes_l
     first, second = lines(figure.draw(data))
     np.testing.assert_allclose(first, [[0.05, 0.1, 0.2], [7, 7, 7]])
     np.testing.assert_allclose(second, [[0.005, 0.01, 0.02], [7, 7, 7]])
-    assert figure.draw(data).axes[0].get_ylabel() == r"gain l1 / (step size $\gamma$ / batch size)"
+    label = r"$\ell_1$ norm of the gain /" "\n" r"(step size $\gamma$ / batch size)"
+    assert figure.draw(data).axes[0].get_ylabel() == label
 
 
 def test_diverged_members_count_as_infinitely_large(ends):

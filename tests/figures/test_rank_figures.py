@@ -45,7 +45,7 @@ def test_variants_are_lines_and_what_is_left_out_is_not():
 
 def test_ranks_are_drawn_with_errors_below():
     figure = RankFigure(errors=["distance", "test_loss"], log_time=True).draw(results(), sgd=results((0.3,)))
-    assert [panel.get_ylabel() for panel in figure.axes] == ["$s_2/s_1$", "mean rank", "distance"]
+    assert [panel.get_ylabel() for panel in figure.axes] == ["$s_2/s_1$ of each member", "mean rank", "distance"]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [2, 1, 1]
 
 

@@ -152,7 +152,8 @@ def test_vertical_lines_mark_where_half_of_the_members_converge_and_diverge():
     figure = StepSizeFigure().draw(data)
     assert vertical(figure, "--") == {"#d55e00": 0.1}
     assert vertical(figure, ":") == {"#d55e00": 1.0}
-    assert legend(figure)[:2] == [r"largest $\gamma$ that converges", r"smallest $\gamma$ that diverges"]
+    keys = [r"largest $\gamma$ at which ≥ half converge", r"smallest $\gamma$ at which ≥ half diverge"]
+    assert legend(figure)[:2] == keys
     table = StepSizeFigure().table(data)
     assert table["converging"].tolist() == [3, 2, 1, 0, 0]
     assert set(table["largest_converging_lr"]) == {0.1} and set(table["smallest_diverging_lr"]) == {1.0}
@@ -192,7 +193,7 @@ def test_without_seeds_a_line_is_the_values_themselves_and_has_no_band():
     figure = StepSizeFigure().draw(results([3.0, 1.0, 2.0], ["converged", "converged", "running"], 1.0, lr=LR[:3]))
     ((_, y),) = medians(figure)
     assert y.tolist() == [3, 1, 2]
-    assert legend(figure) == [r"largest $\gamma$ that converges"]
+    assert legend(figure) == [r"largest $\gamma$ at which it converges"]
 
 
 def test_a_single_step_size_is_a_point_with_a_bar(tmp_path):
