@@ -50,7 +50,14 @@ from dlnlab.kernels import Batches, Rates
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch
 from dlnlab.models.programme import CONSTANT, Programme, checked_schedules
-from dlnlab.models.trainer import count_steps, limit_steps, next_event_of, refuse_what_chunks_cannot_honour
+from dlnlab.models.trainer import (
+    count_steps,
+    leave_requeueing_alone,
+    limit_steps,
+    next_event_of,
+    refuse_checkpoint_of_requeueing,
+    refuse_what_chunks_cannot_honour,
+)
 from dlnlab.optim import GainSGD, GradientFlow, StepSchedule, StochasticGradientFlow
 from dlnlab.schedule import Schedule
 
@@ -366,6 +373,7 @@ class LinearNetwork(LightningModule):
                 if self.guard is not None:  # its steps are few and long
                     self.guard = replace(self.guard, every_n_steps=1)
             refuse_what_chunks_cannot_honour(self.trainer)
+            leave_requeueing_alone(self.trainer)
 
     def _refuse_what_flows_cannot_follow(self) -> None:
         kind = type(self._optimizer).__name__
@@ -952,7 +960,8 @@ class LinearNetwork(LightningModule):
             checkpoint["dlnlab_schedules"] = {"step": self._at, "elapsed": torch.from_numpy(self._elapsed.copy())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore them."""
+        refuse_checkpoint_of_requeueing(self._trainer)
         kept = checkpoint.get("dlnlab_kept", {})
         self._kept = {name: value.to(self.device) for name, value in kept.items()}
         if self.programme and "dlnlab_schedules" in checkpoint:
