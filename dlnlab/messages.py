@@ -121,7 +121,8 @@ def _explain_lack_of_memory(error: BaseException) -> str:
     else:
         size = "more could not be had"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "dlnlab" in Path(frame.filename).parts] or frames
+    parts = [(frame, Path(frame.filename).parts) for frame in frames]
+    ours = [frame for frame, names in parts if "dlnlab" in names or "site-packages" not in names] or frames
     where = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
     return (
         f"out of memory: {size}{where}; use fewer members, smaller sizes or dtype: float32, record fewer variables or "
@@ -332,7 +333,8 @@ def trainer_mistake(error: Exception, given: dict[str, Any]) -> Mistake:
         given: The arguments that were given.
     """
     text = _brief(error)
-    named = [key for key in given if re.search(rf"\b{key}\b", text)]
+    named = [key for key in given if f"{key}=" in text]
+    named += [key for key in given if re.search(rf"\b{key}\b", text)]
     named += [key for key, value in given.items() if isinstance(value, str) and value and value.lower() in text.lower()]
     if named:
         return Mistake(f"trainer.{named[0]} = {shown(given[named[0]])}: {text}")

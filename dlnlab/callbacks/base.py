@@ -167,7 +167,7 @@ class Measurement(Callback):
         }
         known = {**vars(self), **self._given}
         names = sorted(defaults.keys() & known.keys())
-        return {name: known[name] for name in names if repr(known[name]) != repr(defaults[name])}
+        return {name: known[name] for name in names if not _alike(known[name], defaults[name])}
 
     @cached_property
     def state_key(self) -> str:
@@ -178,7 +178,7 @@ class Measurement(Callback):
     def refuse_to_share(self, name: str, other: "Measurement") -> None:
         """Raise ValueError where another measurement records the same variable and is not the same but for its schedule."""
         mine, its = ({k: v for k, v in each.arguments().items() if k not in each._given} for each in (self, other))
-        if other is not self and (type(self) is not type(other) or repr(mine) != repr(its)):
+        if other is not self and (type(self) is not type(other) or not _alike(mine, its)):
             raise ValueError(
                 f"{name} is recorded already, by {type(self).__name__} with {mine or 'its defaults'}: two measurements "
                 "cannot record one variable; leave one out, or measure it in a variant"
@@ -195,6 +195,13 @@ class Measurement(Callback):
 
 def _recorder_of(trainer: Trainer) -> Recorder | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, Recorder)), None)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, TypeError, ValueError):  # tensors and arrays of several entries
+        return repr(one) == repr(other)
 
 
 def refuse_twins(callbacks: Iterable[Callback]) -> None:

@@ -4,6 +4,7 @@ All that is private in Lightning is touched here alone.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,8 +149,13 @@ def adapt_callbacks(trainer: Trainer) -> None:
         if isinstance(callback, EarlyStopping):
             callback._check_on_train_epoch_end = False
         if isinstance(callback, ProgressBar) and not isinstance(callback, _CountsSteps) and not _is_ours(callback):
-            kind = type(callback)
-            callback.__class__ = type(kind.__name__, (_CountsSteps, kind), {"__module__": kind.__module__})
+            callback.__class__ = _counting_steps(type(callback))
+
+
+@functools.cache
+def _counting_steps(kind: type[ProgressBar]) -> type[ProgressBar]:
+    # Not of the same name: a config's short class names are looked up among subclasses.
+    return type(f"_{kind.__name__}InSteps", (_CountsSteps, kind), {"__module__": __name__})
 
 
 def _is_ours(callback: Callback) -> bool:
