@@ -1,7 +1,11 @@
 """`python -m dlnlab`: what can be asked for. Imports nothing heavy before it must."""
 
+import contextlib
+import errno
+import io
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 
 USAGE = """usage: dlnlab COMMAND [ARGUMENTS]
@@ -15,7 +19,8 @@ commands:
   predict    predictions of a checkpoint on its test rows
   export     what a run has recorded as netcdf, zarr, parquet or csv: dlnlab export RUN --format netcdf
 
-Ctrl-C and SIGTERM end a fit in order, with a checkpoint, and it says how to go on; a second Ctrl-C ends it at once.
+Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a fit in order, with a checkpoint, and it says how to go on; a second
+Ctrl-C ends it at once. Under SLURM, `#SBATCH --signal=USR1@120` ends it two minutes before the time limit.
 `dlnlab COMMAND --help` lists a command's arguments, `dlnlab fit --config FILE --print_config` what they come to.
 """
 
@@ -31,10 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its arguments; None takes the program's own.
 
     Returns:
-        The exit code: 0; 2 for a mistake found before anything was made; 1 for a failure after that; 130 and 143 where
-        Ctrl-C and SIGTERM ended a fit, which they do in order, with a checkpoint.
+        The exit code: 0; 2 for a mistake found before anything was made; 1 for a failure after that; 128 and the signal's
+        number (130 for Ctrl-C, 143 for SIGTERM) where a signal ended a fit, in order and with a checkpoint.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    with _lasting_streams():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -51,3 +60,36 @@ def main(argv: list[str] | None = None) -> int:
         return getattr(import_module(module), function)(argv)
     except KeyboardInterrupt:
         return 130
+
+
+class _Lasting(io.FileIO):
+    """A stream that goes on where nobody reads: what is written to a closed pipe or terminal is dropped."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[None]:
+    """Let no reader that leaves (`| head`, a closed terminal) end the program or change its exit code."""
+    before = sys.stdout, sys.stderr
+    for name, stream in zip(("stdout", "stderr"), before, strict=True):
+        if stream is None:  # closed by the caller: its number must not become that of a file of ours
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            raw = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
+            lasting = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering,
+                                       write_through=stream.write_through)  # fmt: skip
+            setattr(sys, name, lasting)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before

@@ -1,11 +1,14 @@
 """A command line -> a run that is checked in memory before anything is made on disk, then carried out."""
 
 import contextlib
+import enum
+import importlib.util
 import inspect
 import json
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import warnings
@@ -15,19 +18,30 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
+import lightning_utilities.core.rank_zero as rank_zero_module
 import torch
 import xarray as xr
 import yaml
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    ModelCheckpoint,
+    ProgressBar,
+    Timer,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import dlnlab
 from dlnlab import checks, strict_yaml
 from dlnlab import config as configs
 from dlnlab.callbacks import Interruption, Measurement, MemberGuard, MemberProgress, Recorder, RunCheckpoint
+from dlnlab.callbacks.base import refuse_twins
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.data import SyntheticData
 from dlnlab.event_files import RunLogger
@@ -35,6 +49,7 @@ from dlnlab.figures import Figure
 from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, home, trainer_mistake
 from dlnlab.models import LinearNetwork
+from dlnlab.models.trainer import ONE_DEVICE, resume_from_nothing
 from dlnlab.results import HEADER, load_results, verify_segments
 from dlnlab.run_directory import claim, empty, give_back
 from dlnlab.start import Start
@@ -68,16 +83,17 @@ class Run(LightningCLI):
         argv: The command and its arguments.
         write: Make a run directory; without it a fit leaves nothing on disk and its results in the recorder.
         replaced: Axes that take the place of scalars the config gives, where it would be an error to have both.
+        silent: Show no progress bar, whatever the config says.
     """
 
-    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
+    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = (), silent: bool = False) -> None:
         self.directory: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
         """What a resumed run goes on from, until it does."""
         self.checkpoint_io = AtomicCheckpointIO()
         self._last_checkpoint: Path | None = None
         self._let_go = contextlib.ExitStack()
-        self.write = write
+        self.write, self.silent = write, silent
         self.replaced = tuple(replaced)
         self.command = argv[0]
         patient = {"exit_on_error": False, "allow_abbrev": False}
@@ -144,6 +160,7 @@ class Run(LightningCLI):
         for _, arguments in configs.init_args(self.given[self.given.subcommand]):
             for name in self.replaced:
                 arguments.pop(name, None)
+        _spell_out(self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint here; ours are compared instead (`check`)."""
@@ -187,33 +204,48 @@ class Run(LightningCLI):
         for key, parameter in inspect.signature(Trainer).parameters.items():
             if config.get(key) is None and type(None) not in (*get_args(parameter.annotation), type(parameter.default)):
                 raise ValueError(f"trainer.{key} = null: must have a value; leave it out for {parameter.default!r}")
-        chosen = config["callbacks"] or []
-        chosen = chosen if isinstance(chosen, list) else [chosen]
+        _refuse_remote("trainer.default_root_dir", config["default_root_dir"])
+        chosen = _listed(config["callbacks"])
         for callback in chosen:
             if isinstance(callback, Recorder | MemberGuard):
                 section = home(type(callback))
                 raise ValueError(f"trainer.callbacks: {type(callback).__name__} is always on; set it in `{section}:`")
-        self.recorder, guard = self.config_init[self.subcommand].record, self.config_init[self.subcommand].guard
+        refuse_twins(chosen)
+        section = self.config_init[self.subcommand]
+        self.recorder, guard = section.record, section.guard
+        linear = issubclass(configs.class_of(self.config[self.subcommand].model.class_path), LinearNetwork)
         if not self.write:
             config |= {"logger": False, "enable_checkpointing": False}
             chosen = [callback for callback in chosen if not isinstance(callback, Checkpoint)]
+        if self.silent:
+            config["enable_progress_bar"] = False
+            chosen = [callback for callback in chosen if not isinstance(callback, ProgressBar)]
         self.wants_logger = config["logger"] in (None, True)
         if self.wants_logger:
             config["logger"] = False
         if self.subcommand == "fit":
             self.interruption = Interruption()
             chosen = [guard, *chosen, self.recorder, self.interruption]
-            if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in chosen):
-                chosen.append(RunCheckpoint(grid=guard.settings.every_n_steps))
-            if config["enable_progress_bar"] is not False:
+            if config["enable_checkpointing"] is not False and not any(isinstance(c, RunCheckpoint) for c in chosen):
+                chosen.append(RunCheckpoint())
+            if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in chosen):
                 chosen.append(MemberProgress())
-        plugins = config["plugins"] or []
-        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
+            if linear and config["limit_val_batches"] is None and not config["num_sanity_val_steps"]:
+                config["limit_val_batches"] = 0  # Lightning would validate where a fit ends early, and log it
+        plugins = _listed(config["plugins"])
+        for plugin in plugins:
+            if isinstance(plugin, ClusterEnvironment):
+                raise ValueError(f"trainer.plugins: {type(plugin).__name__}: a fit is one process; leave it out")
+        # Whatever scheduler has started the process: Lightning would count its tasks as devices, and requeue its job.
+        config["plugins"] = [*plugins, LightningEnvironment(), self.checkpoint_io]
         try:
-            return Trainer(**{**config, "callbacks": chosen})
+            trainer = Trainer(**{**config, "callbacks": chosen})
         except Exception as error:
             given = self.given[self.subcommand].get("trainer") or {}
             raise trainer_mistake(error, dict(given.items(branches=False))) from error
+        if trainer.world_size != 1:
+            raise ValueError(f"trainer.devices: {ONE_DEVICE}")
+        return trainer
 
     def _remember(self, **kwargs: Any) -> None:
         self._arguments = kwargs
@@ -273,18 +305,47 @@ class Run(LightningCLI):
             self.start_from(start)
         with about("record", Recorder):
             self.recorder.prepare(trainer, model)
-        variables = set(self.recorder.names)
+        measured: dict[str, Measurement] = {}
         for callback in trainer.callbacks:
             if isinstance(callback, Measurement):
                 with about("trainer.callbacks", type(callback)):
                     callback.prepare(trainer, model)
-                    variables |= set(callback.names(model))
+                    for name in callback.names(model):
+                        measured.setdefault(name, callback).refuse_to_share(name, callback)
+        variables = {*self.recorder.names, *measured}
+        if isinstance(model, LinearNetwork):
+            self.recorder.check_metrics(trainer, {name: callback.schedule for name, callback in measured.items()})
+        for callback in trainer.callbacks:
+            self._check_callback(callback)
         self.figures = self.config_init.fit.figures
         for figure in self.figures:
             if [other.name for other in self.figures].count(figure.name) > 1:
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
             with about("figures", type(figure)):
                 figure.check(variables, self.recorder.ensemble.axes)
+
+    def _check_callback(self, callback: Callback) -> None:
+        """Refuse what Lightning's callbacks could not do in a run of ours, before it is made."""
+        kind, trainer = f"trainer.callbacks: {type(callback).__name__}", self.trainer
+        if isinstance(callback, ModelCheckpoint):
+            _refuse_remote(f"{kind}.dirpath", callback.dirpath)
+            if callback.dirpath is None and not isinstance(callback, RunCheckpoint):
+                if callback.save_last and callback.save_weights_only:
+                    raise ValueError(
+                        f"{kind}.save_last: last.ckpt must hold the whole state; give a dirpath of its own"
+                    )
+                if callback.filename == "{step}" and callback.save_top_k != -1:
+                    raise ValueError(
+                        f"{kind}.filename = '{{step}}': the run's own checkpoints are called so, and would be removed; "
+                        "give another, '{step}-best', or a dirpath of its own"
+                    )
+        if isinstance(callback, DeviceStatsMonitor):
+            if not (trainer.loggers or self.wants_logger):
+                raise ValueError(f"{kind} needs a logger; trainer.logger is false")
+            if not trainer.log_every_n_steps:
+                raise ValueError(f"{kind} needs trainer.log_every_n_steps, how often it logs")
+            if trainer.strategy.root_device.type == "cpu" and importlib.util.find_spec("psutil") is None:
+                raise ValueError(f"{kind} needs psutil, which is not installed: pip install psutil")
 
     def _name(self) -> str:
         name = self.config.fit.name
@@ -434,8 +495,6 @@ class Run(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.directory / "checkpoints")
         self._last_checkpoint = self.directory / "checkpoints" / "last.ckpt"
-        if self.trainer.checkpoint_callbacks:
-            self.interruption.checkpoint = self._last_checkpoint
         if checkpoint is not None:
             for folder in (self.directory, self.directory / "results", self.directory / "checkpoints"):
                 remove_leftovers(folder)
@@ -459,6 +518,8 @@ class Run(LightningCLI):
         """
         self.checkpoint = None  # the trainer has it
         _set_rng_states(self._random)
+        if self.ckpt_path is None:
+            resume_from_nothing(self.trainer)
         if self.subcommand != "fit":
             getattr(self.trainer, self.subcommand)(**self._arguments, ckpt_path=self.ckpt_path)
             return
@@ -486,11 +547,25 @@ class Run(LightningCLI):
 
     @property
     def end(self) -> str | None:
-        """How a fit's members have ended."""
+        """How a fit's members have ended, and what has ended a fit while some were running."""
         if not isinstance(self.model, LinearNetwork):
             return None
+        step, last = self.trainer.global_step, self.trainer.max_steps
+        early = (
+            "" if step >= last or not len(self.model.running) else f"; ended at step {step} of {last}{self._by_whom()}"
+        )
         causes = MemberGuard.causes(self.model)
-        return f"members: {MemberGuard.summary(self.model)}" + (f" ({causes})" if causes else "")
+        return f"members: {MemberGuard.summary(self.model)}" + (f" ({causes})" if causes else "") + early
+
+    def _by_whom(self) -> str:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+                return (
+                    f" by EarlyStopping: {callback.stopping_reason_message.removesuffix(' Signaling Trainer to stop.')}"
+                )
+            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+                return f" by Timer: {callback.time_elapsed():.0f} s are over"
+        return " by a callback"
 
     @property
     def slow(self) -> str | None:
@@ -502,6 +577,29 @@ class Run(LightningCLI):
         """How a fit that was cut short goes on, the end of a sentence."""
         last = self._last_checkpoint
         return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
+
+
+def _listed(given: Any) -> list[Any]:
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _refuse_remote(key: str, folder: Any) -> None:
+    """Raise ValueError for an address of a remote file system, of which Python would make a local folder."""
+    if folder is not None and re.match(r"[\w+.-]{2,}:", str(folder)) and re.search(r":/|::", str(folder)):
+        raise ValueError(f"{key} = {checks.shown(str(folder))}: must be a local folder; copy the run when it has ended")
+
+
+def _spell_out(config: Any) -> None:
+    """Put the words of enumerations in their place, which a config file can hold."""
+    if isinstance(config, list):
+        for item in config:
+            _spell_out(item)
+    elif isinstance(config, jsonargparse.Namespace):
+        for name, value in list(vars(config).items()):
+            if isinstance(value, enum.Enum):
+                setattr(config, name, value.value)
+            else:
+                _spell_out(value)
 
 
 def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:
@@ -529,12 +627,29 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+_SPEAKING = ("callbacks", "profilers")
+"""Parts of Lightning that say something only because a config names them."""
+
+
+def _is_from_a_speaking_part(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or not {*Path(record.pathname).parts}.isdisjoint(_SPEAKING)
+
+
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Leave out messages of Lightning that do not apply to chunks: loaders, workers, device advertisements."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    """Leave out messages of Lightning that do not apply to chunks: loaders, workers, device advertisements.
+
+    What callbacks and profilers say, which a config has named, is shown.
+    """
+    levels = {"lightning.pytorch": logging.WARNING, rank_zero_module.log.name: logging.INFO}
+    levels |= {f"lightning.pytorch.{part}": logging.INFO for part in _SPEAKING}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    if before[logging.getLogger("lightning.pytorch")] > logging.WARNING:  # somebody wants silence
+        loggers = {}
+    rank_zero_module.log.addFilter(_is_from_a_speaking_part)
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             for message in (".*does not have many workers.*", "Checkpoint directory .* exists", ".*dataloader.*length.*",
@@ -542,4 +657,6 @@ def without_noise() -> Iterator[None]:
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
-        logger.setLevel(level)
+        rank_zero_module.log.removeFilter(_is_from_a_speaking_part)
+        for logger, level in before.items():
+            logger.setLevel(level)

@@ -20,6 +20,7 @@ import xarray as xr
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 import dlnlab
 from dlnlab import checks
@@ -29,6 +30,7 @@ from dlnlab.ensemble import Ensemble
 from dlnlab.fitting import quiet, without_noise
 from dlnlab.messages import explain
 from dlnlab.models import DiagonalLinearNetwork, LinearNetwork
+from dlnlab.models.trainer import own_process, resume_from_nothing
 from dlnlab.study import Study
 from dlnlab.tables import TableWarning
 
@@ -101,7 +103,6 @@ def run_all(
     """
     layers = [config] if isinstance(config, str | Path | Mapping) else list(config)
     flags = {**(changes or {}), **{f"ensemble.{name}": values for name, values in axes.items()}}
-    flags |= {"trainer.enable_progress_bar": False}
     if directory is not None:
         flags["trainer.default_root_dir"] = str(directory)
     argv = ["fit", *(f"--config={_layer(layer)}" for layer in layers)]
@@ -109,7 +110,7 @@ def run_all(
     with _leaving_no_trace():
         try:
             with quiet():
-                study = Study(argv, write=directory is not None, replaced=axes)
+                study = Study(argv, write=directory is not None, replaced=axes, silent=True)
                 study.check()
         except Exception as error:  # whatever it is, nothing was made yet
             message = explain(error)
@@ -177,7 +178,8 @@ def simulate(
     options = dict(record) if isinstance(record, Mapping) else {"variables": None if record is None else list(record)}
     recorder = Recorder(**options)
     trainer_options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-                       "enable_model_summary": False, "num_sanity_val_steps": 0, "devices": 1}  # fmt: skip
+                       "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0, "devices": 1,
+                       "plugins": [LightningEnvironment()]}  # fmt: skip
     with _leaving_no_trace():
         with quiet():
             data = ArrayRegression(X, y, X_test, y_test, teacher)
@@ -189,6 +191,7 @@ def simulate(
                 **trainer_options,
             )
         recorder.attributes["versions"] = json.dumps({"dlnlab": dlnlab.__version__, "torch": torch.__version__})
+        resume_from_nothing(trainer)
         with without_noise():
             trainer.fit(network, data)
         return recorder.dataset().squeeze(single)
@@ -236,7 +239,7 @@ def _leaving_no_trace() -> Iterator[None]:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), own_process():
             yield
     except SystemExit as end:
         # Lightning's answer to Ctrl-C, which in a notebook must not end the kernel.

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import jsonargparse
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -19,8 +20,10 @@ from torch.optim import Optimizer
 
 from dlnlab import callbacks, data, figures, models, optim
 from dlnlab.callbacks import Measurement, MemberGuard, Recorder
+from dlnlab.checkpoint import CheckpointError
 from dlnlab.checks import shown
 from dlnlab.figures import Figure
+from dlnlab.results import ResultError
 
 SECTIONS = (
     *("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "variants", "init_from"),
@@ -73,15 +76,58 @@ def explain(error: BaseException) -> str:
 
     The parser wraps a mistake in every type it has tried; of that this keeps the key, what was wrong and what was given.
     """
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
+    causes = chain(error)
+    lacking = next((cause for cause in causes if _is_lack_of_memory(cause)), None)
+    if lacking is not None:
+        return _clip(_explain_lack_of_memory(lacking))
     named = next((cause for cause in causes if isinstance(cause, Mistake)), None)
     if named is not None:
         return _clip(str(named))
     if isinstance(error, jsonargparse.ArgumentError):
         return _clip(_explain_parser(str(error).strip()))
     return _clip(_brief(error))
+
+
+def needs_no_traceback(error: BaseException) -> bool:
+    """Whether the message of `explain` is all that a person can use: disks, files and memory, but no bug."""
+    causes = chain(error)
+    return isinstance(error, OSError | CheckpointError | ResultError) or any(map(_is_lack_of_memory, causes))
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from or while handling, the innermost last."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+_LACKS = re.compile(r"can't allocate memory|out of memory|cannot allocate memory|bad_alloc", re.IGNORECASE)
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return type(error) in (RuntimeError, OSError, torch.AcceleratorError) and bool(_LACKS.search(str(error)))
+
+
+def _explain_lack_of_memory(error: BaseException) -> str:
+    """How much was asked for, where, and what to change."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"tried to allocate (\d+) bytes", text):  # torch on the CPU
+        size = f"{int(found[1]):,} bytes could not be had"
+    elif found := re.search(r"(?:Tried|Unable) to allocate ([\d.]+ \w+)", text):  # CUDA, NumPy
+        size = f"{found[1]} could not be had"
+    else:
+        size = "more could not be had"
+    frames = traceback.extract_tb(error.__traceback__)
+    parts = [(frame, Path(frame.filename).parts) for frame in frames]
+    ours = [frame for frame, names in parts if "dlnlab" in names or "site-packages" not in names] or frames
+    where = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+    return (
+        f"out of memory: {size}{where}; use fewer members, smaller sizes or dtype: float32, record fewer variables or "
+        "steps, or take a machine with more memory"
+    )
 
 
 @contextlib.contextmanager
@@ -295,7 +341,8 @@ def trainer_mistake(error: Exception, given: dict[str, Any]) -> Mistake:
         given: The arguments that were given.
     """
     text = _brief(error)
-    named = [key for key in given if re.search(rf"\b{key}\b", text)]
+    named = [key for key in given if f"{key}=" in text]
+    named += [key for key in given if re.search(rf"\b{key}\b", text)]
     named += [key for key, value in given.items() if isinstance(value, str) and value and value.lower() in text.lower()]
     if named:
         return Mistake(f"trainer.{named[0]} = {shown(given[named[0]])}: {text}")

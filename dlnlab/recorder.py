@@ -1,10 +1,11 @@
-"""What was measured, when and for whom -> result segments and TensorBoard. The only place that knows tags."""
+"""What was measured, when and for whom -> result segments, TensorBoard and loggers. The only place that knows tags."""
 
 import contextlib
 import json
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import numpy as np
 import torch
 import xarray as xr
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from dlnlab import checks, event_files, results
 from dlnlab.data.base import refuse_beyond_memory
 from dlnlab.ensemble import Ensemble
-from dlnlab.event_files import EventFile
+from dlnlab.event_files import EventFile, RunLogger
 from dlnlab.models import LinearNetwork
-from dlnlab.models.base import CAUSES, INVARIANTS, SCHEDULED
+from dlnlab.models.base import CAUSES, DIVERGED, INVARIANTS, SCHEDULED
+from dlnlab.models.trainer import adapt_callbacks, check_early_stopping, metrics_of, reads_at, saves_at
 from dlnlab.optim import GradientFlow
 from dlnlab.schedule import Schedule
 
@@ -116,6 +119,12 @@ class Recorder(Callback):
     The results hold every record. TensorBoard shows at most about 1000 points of a curve, the first, the last and
     evenly chosen ones between them: which they are follows from the schedule and max_steps alone.
 
+    A logger of one's own gets the same points of every variable with one number per member: its median over the members
+    that have not diverged and for which it is defined, under the variable's tag (`recovery/distance`), and how many
+    members have each status. `trainer.callback_metrics` holds the last record's medians under the variable's name
+    (`distance`) and its tag. A ModelCheckpoint that reads a variable of the model has it measured when it saves, and
+    EarlyStopping looks at every record of what it monitors.
+
     Where a member has a schedule of lr, weight decay or batch size, what they are at the next step is recorded too.
 
     Args:
@@ -177,6 +186,12 @@ class Recorder(Callback):
         self.config: dict[str, Any] | None = None
         """The resolved config, which every checkpoint carries."""
         self._module: LightningModule | None = None
+        self._trainer: Trainer | None = None
+        self._loggers: list[Logger] = []
+        self._end: float = np.inf
+        self._diverged: dict[int, Tensor] = {}  # step -> (E,), for the loggers' medians
+        self._metrics_checked = False
+        self._metric_steps: dict[str, int] = {}  # variable -> the step of its number in trainer.callback_metrics
 
     # The fit ----------------------------------------------------------------------------------------------------------
 
@@ -188,7 +203,7 @@ class Recorder(Callback):
             else:
                 # It does not depend on max_steps: a run that is extended records what a longer one would have.
                 self.schedule = Schedule(at={"log10": [0, 12, 145]}, pairs=self.pairs)
-        self._module = module
+        self._module, self._trainer = module, trainer
         self.ensemble: Ensemble = getattr(module, "ensemble", None) or Ensemble()
         if isinstance(module, LinearNetwork):
             defined = module.variables()
@@ -225,6 +240,43 @@ class Recorder(Callback):
             "record less, or use fewer members",
         )
 
+    def check_metrics(self, trainer: Trainer, measured: dict[str, Schedule]) -> None:
+        """Raise ValueError where a callback of Lightning's would wait for a metric that never comes.
+
+        Args:
+            trainer: The fit's trainer; every measurement is prepared.
+            measured: The variables that measurements record, and when.
+        """
+        for callback in trainer.callbacks:
+            for metric in metrics_of(callback):
+                name, kind = self._variable_of(metric, measured), f"trainer.callbacks: {type(callback).__name__}"
+                if name is None:
+                    known = ", ".join((*self._curves(), *measured))
+                    raise ValueError(
+                        f"{kind} reads the metric {metric!r}: there is no such variable; there are {known}"
+                    )
+                if name in self.names:
+                    continue
+                schedule, period = measured[name], reads_at(callback)
+                last = trainer.max_steps if trainer.max_steps > 0 else checks.LARGEST
+                if not schedule.meets(period, last, always=metric != callback.monitor):
+                    raise ValueError(
+                        f"{kind} reads the metric {metric!r} at multiples of {period} steps, where it is not measured: "
+                        "give its measurement another schedule"
+                    )
+        self._metrics_checked = True
+
+    def _curves(self) -> tuple[str, ...]:
+        """The model's variables with one number per member."""
+        if not isinstance(self._module, LinearNetwork):
+            return ()
+        variables = self._module.variables()
+        with torch.no_grad():
+            return tuple(name for name in self.names if variables[name]().ndim == 1)
+
+    def _variable_of(self, metric: str, measured: Iterable[str]) -> str | None:
+        return next((name for name in (*self._curves(), *measured) if metric in (name, _tag(name))), None)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare, where `prepare` was not called before."""
         self.prepare(trainer, pl_module)
@@ -233,6 +285,18 @@ class Recorder(Callback):
         """Start the results, or go on after the last segment a checkpoint knew of."""
         self._flushed_at = time.monotonic()
         self._finished = False
+        self._end = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        self._loggers = [logger for logger in trainer.loggers if not isinstance(logger, RunLogger)]
+        if self.config is not None and trainer.enable_autolog_hparams:
+            for logger in self._loggers:
+                logger.log_hyperparams(self.config)
+        if isinstance(pl_module, LinearNetwork):
+            adapt_callbacks(trainer)
+            if not self._metrics_checked and any(map(metrics_of, trainer.callbacks)):
+                measurements = (
+                    callback for callback in trainer.callbacks if callable(getattr(callback, "names", None))
+                )
+                self.check_metrics(trainer, {name: m.schedule for m in measurements for name in m.names(pl_module)})
         if self._restored is not None and self.directory is not None:
             results.drop_segments(self.directory / "results", self._num_segments)
         if self.directory is not None:
@@ -251,6 +315,7 @@ class Recorder(Callback):
         if isinstance(pl_module, LinearNetwork):
             for steps, values in pl_module.take_records():
                 self.record_block(steps, values)
+            self._serve_callbacks(trainer, pl_module)
         else:
             before = trainer.global_step - 1
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -260,7 +325,9 @@ class Recorder(Callback):
             self.flush()
 
     def next_event(self, step: int) -> int | None:
-        """A chunk ends before its records fill a segment, so that memory stays bounded."""
+        """A chunk ends before its records fill a segment, so that memory stays bounded, and where EarlyStopping looks."""
+        if any(isinstance(callback, EarlyStopping) for callback in self._trainer.callbacks):
+            return self.schedule.next_after(step)
         room = (_SEGMENT_BYTES - self._bytes) // max(self._bytes_per_record, 1)
         return self.schedule.nth_after(step, max(1, room))
 
@@ -289,9 +356,9 @@ class Recorder(Callback):
                 self.record(step, module.measure(due), final=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what was recorded until then; a disk that is full must not hide what happened."""
+        """Write what was recorded until then; a full disk or memory must not hide what happened."""
         del trainer, pl_module, exception
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self.flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -300,8 +367,7 @@ class Recorder(Callback):
         self.flush()
         self._pending, self._final = self._final, {}
         self.flush()
-        if self.directory is not None:
-            self._write_events({name: ([step], value[None]) for name, (step, value) in self._unshown.items()})
+        self._show({name: ([step], value[None]) for name, (step, value) in self._unshown.items()})
 
     def record(
         self,
@@ -328,11 +394,13 @@ class Recorder(Callback):
     def record_block(self, steps: list[int], values: dict[str, Tensor], final: bool = False) -> None:
         """Take values (T, E, ...) measured at T ascending steps; see `record`."""
         pending, size = self._final if final else self._pending, 0
+        self._keep_metrics(steps, values)
         for name, value in values.items():
-            known, blocks = pending.setdefault(name, ([], []))
-            seen = int(known[-1:] == steps[:1])  # the model's own variable and a measurement's are the same
+            # The model's own variable and a measurement's are the same, as are two measurements' with other schedules.
+            seen = int(self._last_recorded.get(name) == steps[0] or (final and name in pending))
             if seen == len(steps):
                 continue
+            known, blocks = pending.setdefault(name, ([], []))
             known += steps[seen:]
             blocks.append(value[seen:])
             size += value.numel() * value.element_size()
@@ -359,15 +427,19 @@ class Recorder(Callback):
             arrays = {name: values for name, (_, values) in series.items()}
             steps = {name + results._STEPS: np.array(at) for name, (at, _) in series.items()}
             self._parts.append({**constants, **arrays, **steps, "dims": np.array(json.dumps(self._dims))})
+            if self._loggers:
+                self._show(self._thin(series))
         else:
             folder = self.directory / "results"
             written = results.write_segment(folder, self._num_segments, series, constants, self._dims)
             if self._num_segments == 0:
                 self._lay_out(series)
-            self._write_events(self._thin(series))
+            self._show(self._thin(series))
             self._chain = results.chain(self._chain, written)
         self._num_segments += 1
         self._pending, self._bytes = {}, 0
+        kept = {step for step, _ in self._unshown.values()}.union(*(steps for steps, _ in self._final.values()))
+        self._diverged = {step: members for step, members in self._diverged.items() if step in kept}
 
     def _check_invariants(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
         """Warn, once for each, of what exact arithmetic would make zero and more than rounding has not."""
@@ -422,7 +494,6 @@ class Recorder(Callback):
 
     def _open_event_files(self, trainer: Trainer) -> None:
         """One file for each cell and one, the page, for what belongs to all; a resume cuts back and goes on."""
-        self._end = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
         self._shown_until = self._end
         axes = {name: values for name, values in self._header()[0].items() if name != "seed"}
         cell_of_member, cells = self.ensemble.group(tuple(axes))
@@ -487,6 +558,12 @@ class Recorder(Callback):
                     self._unshown[name] = steps[-1], values[-1].copy()
         return found
 
+    def _show(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
+        """Hand curves to TensorBoard's files and to the loggers."""
+        if self.directory is not None:
+            self._write_events(series)
+        self._log(series)
+
     def _write_events(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
         """One event for each cell and moment, with all that was measured then."""
         curves: dict[str, np.ndarray] = {}  # tag -> (T, cells)
@@ -510,6 +587,67 @@ class Recorder(Callback):
                 events += zip(steps, map(bytes, summaries[:, i]), strict=True)
         for run, events in zip(self._cells, written, strict=True):
             self._event_files[run].add(sorted(events))
+
+    # Loggers and callbacks of Lightning's ----------------------------------------------------------------------------
+
+    def _keep_metrics(self, steps: list[int], values: dict[str, Tensor]) -> None:
+        """Put the medians of the last of some steps where Lightning's callbacks look for metrics."""
+        if self._trainer is None:
+            return
+        diverged = values["status"] == DIVERGED if "status" in values else None
+        if diverged is None and isinstance(self._module, LinearNetwork):
+            diverged = (self._module.status == DIVERGED).expand(len(steps), -1)
+        if self._loggers and diverged is not None:
+            self._diverged |= {step: members for step, members in zip(steps, diverged, strict=True)}
+        metrics, bar = self._trainer.callback_metrics, self._trainer.progress_bar_callback
+        shown = self._trainer.progress_bar_metrics if bar is not None and not hasattr(bar, "next_event") else None
+        for name, value in values.items():
+            if name == "status" or not _is_curve(name, value):
+                continue
+            number = median(value[-1], None if diverged is None else diverged[-1])
+            self._metric_steps[name] = steps[-1]
+            for key in (name, _tag(name)):
+                metrics[key] = number
+                if bool(number.isnan()):
+                    del metrics[key]
+            if shown is not None and name in self.names:
+                shown[name] = float(number)
+
+    def _serve_callbacks(self, trainer: Trainer, module: LinearNetwork) -> None:
+        """Measure what a ModelCheckpoint reads that saves now, and let EarlyStopping look at a record."""
+        step = trainer.global_step
+        if any(saves_at(callback, step) for callback in trainer.checkpoint_callbacks):
+            stale = [name for name in self.names if self._metric_steps.get(name) != step]
+            if stale:
+                self._keep_metrics([step], {name: value[None] for name, value in module.measure(stale).items()})
+            for name in [name for name, at in self._metric_steps.items() if at != step]:
+                for key in (name, _tag(name)):  # it is no metric of this step, so nothing is saved by it
+                    trainer.callback_metrics.pop(key, None)
+        for callback in trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and callback.monitor in trainer.callback_metrics:
+                name = next(name for name in self._metric_steps if callback.monitor in (name, _tag(name)))
+                if self._metric_steps[name] == step and step in self._schedules.get(name, self.schedule):
+                    check_early_stopping(callback, trainer)
+
+    def _log(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
+        """Give the loggers the medians of curves, the steps ascending, all of a step at once."""
+        if not self._loggers:
+            return
+        rows: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        for name, (steps, values) in series.items():
+            for step, row in zip(steps, values, strict=True):
+                if name == "status":
+                    rows[step] |= {
+                        f"members/{status}": int((row == code).sum()) for code, status in enumerate(results.STATUSES)
+                    }
+                    continue
+                number = float(median(torch.from_numpy(row), self._diverged.get(step)))
+                if not np.isnan(number):
+                    rows[step][_tag(name)] = number
+        for logger in self._loggers:
+            for step in sorted(rows):
+                logger.log_metrics(dict(rows[step]), step=step)
+            logger.save()
 
     def add_images(self, pictures: dict[str, Path], step: int) -> None:
         """Show pictures (PNG) on the run's TensorBoard page as `figures/<name>`, once the fit has ended at `step`."""
@@ -568,6 +706,22 @@ def _along_axes(ensemble: Ensemble, values: list[Any]) -> tuple[list[str], Any]:
     return axes, table[grid.reshape([len(ensemble.axes[name]) for name in axes])].tolist()
 
 
+def median(values: Tensor, diverged: Tensor | None = None) -> Tensor:
+    """The median over members (E,) that have not diverged and whose value is no NaN; NaN where there is none.
+
+    Args:
+        values: One number per member, (E,).
+        diverged: Which members have diverged, (E,); None is none of them.
+    """
+    values = values.detach().double()
+    keep = ~values.isnan() if diverged is None else ~(values.isnan() | diverged.to(values.device))
+    ordered = values[keep].sort().values
+    if not len(ordered):
+        return values.new_tensor(float("nan"))
+    lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return lower if bool(lower == upper) else (lower + upper) / 2  # the same infinity twice has no mean
+
+
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
@@ -576,7 +730,7 @@ def _tag(name: str) -> str:
     return TAGS.get(name, f"measured/{name}")
 
 
-def _is_curve(name: str, values: np.ndarray) -> bool:
+def _is_curve(name: str, values: np.ndarray | Tensor) -> bool:
     return name not in _UNTAGGED and values.ndim == 2
 
 

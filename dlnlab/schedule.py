@@ -129,6 +129,13 @@ class Schedule:
     def __contains__(self, step: int) -> bool:
         return self.next_after(step - 1) == step
 
+    def meets(self, period: int, last: int, always: bool = False) -> bool:
+        """Whether one of the multiples of `period` from 1 to `last` is one of its steps; with `always`, all of them."""
+        if self.steps is None:
+            return period % self.every_n_steps == 0 if always else math.lcm(period, self.every_n_steps) <= last
+        met = sum(0 < step <= last and step % period == 0 for step in self.steps)
+        return met == last // period if always else met > 0
+
     def between(self, start: int, stop: int) -> list[int]:
         """The scheduled steps in (start, stop], ascending."""
         found = []

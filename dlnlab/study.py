@@ -16,8 +16,8 @@ import xarray as xr
 from dlnlab import checks, config
 from dlnlab.checkpoint import CheckpointError
 from dlnlab.fitting import Interrupted, Run, quiet, without_noise
-from dlnlab.messages import Mistake, about, explain
-from dlnlab.results import ResultError
+from dlnlab.messages import Mistake, about, explain, needs_no_traceback
+from dlnlab.models.trainer import own_process
 from dlnlab.start import Start
 
 MAIN = "main"
@@ -31,6 +31,7 @@ _NOT_OF_A_VARIANT = {
 }
 
 
+@own_process()
 def main(argv: list[str]) -> int:
     """Carry out fit, validate, test or predict; see `dlnlab.cli.main` for the exit codes."""
     if "OMP_NUM_THREADS" not in os.environ:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         print(f"run: {study.main.directory}")
         return 128 + end.signal
     except Exception as error:
-        if not isinstance(error, OSError | CheckpointError | ResultError):  # a full disk needs no traceback, a bug does
+        if "DLNLAB_TRACEBACK" in os.environ or not needs_no_traceback(error):
             traceback.print_exc()
         print(f"dlnlab {command}: {study.now.where()}: {explain(error)}{study.main.way_on()}", file=sys.stderr)
         return 1
@@ -70,16 +71,17 @@ class Study:
         argv: The command and its arguments.
         write: Make run directories; without it nothing is left on disk.
         replaced: Axes that take the place of scalars the config gives, where it would be an error to have both.
+        silent: Show no progress bar, whatever the config says.
     """
 
-    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = ()) -> None:
-        self.main = self.now = Run(argv, write, replaced)
+    def __init__(self, argv: list[str], write: bool = True, replaced: Iterable[str] = (), silent: bool = False) -> None:
+        self.main = self.now = Run(argv, write, replaced, silent)
         """The main run, and the one that is in progress."""
         self.runs = {MAIN: self.main}
         """By name, in the order in which they are carried out."""
         self.after: dict[str, str | None] = {}
         """Variant -> the run from whose end it starts."""
-        self.write = write
+        self.write, self.silent = write, silent
         if self.main.subcommand != "fit":
             return
         partials = _partials(self.main.config.fit.variants)
@@ -99,7 +101,7 @@ class Study:
         if own is not None:  # its axes take the place of scalars, but not of its own
             config.refuse_scalars_of_axes(own, partial)
             replaced = own
-        run = Run(config.variant_command_line(argv, name, partial), self.write, replaced)
+        run = Run(config.variant_command_line(argv, name, partial), self.write, replaced, self.silent)
         if self.after[name] is not None and run.config.fit.init_from is not None:
             raise ValueError("init_from: give it or `after`, not both")
         return run

@@ -7,20 +7,28 @@ A subclass writes `measure(model, batch)`, which returns one value per member fo
             return {"max_entry": model.predictor().abs().amax(-1)}
 
 It inherits the schedule (in true optimizer steps; without one of its own it follows the recorder's), no-grad
-discipline, and recording: under the recorder the values go to the results and to TensorBoard, without one their median
-over members goes to the trainer's loggers. Members that had diverged in the run this one has started from are NaN.
+discipline, and recording: under the recorder the values go to the results, to TensorBoard and to loggers, without one
+their median over the members that have not diverged goes to the trainer's loggers. Members that had diverged in the run
+this one has started from are NaN.
+
+A trainer may have several of one class with other arguments, which it keeps under the attributes of the same names.
 """
 
-import math
+import inspect
+import json
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from dlnlab.models import LinearNetwork
-from dlnlab.recorder import TAGS, Recorder
+from dlnlab.models.base import DIVERGED
+from dlnlab.recorder import TAGS, Recorder, median
 from dlnlab.schedule import Schedule
 
 
@@ -54,6 +62,7 @@ class Measurement(Callback):
         self.schedule = (
             None if every_n_steps is None and at is None else Schedule(every_n_steps, at, of=type(self).__name__)
         )
+        self._given = {"every_n_steps": every_n_steps, "at": at}
         self._last_step = -1
         self._finished = False
         self._only_last = self.last_only and self.schedule is None
@@ -162,9 +171,7 @@ class Measurement(Callback):
         if isinstance(module, LinearNetwork):
             batch = module.full_batch()
         values = {name: value.detach().clone() for name, value in self.measure(module, batch).items()}
-        taken = slice(None)
         if isinstance(module, LinearNetwork) and bool((gone := module.diverged_before).any()):
-            taken = ~gone
             for name, value in values.items():
                 rows = gone.to(value.device).view(-1, *[1] * (value.ndim - 1))
                 values[name] = value.double().masked_fill(rows, torch.nan)
@@ -172,20 +179,63 @@ class Measurement(Callback):
         if recorder is not None:
             recorder.record(step, values, self.dims, final, self.schedule)
             return
-        medians = {TAGS.get(name, f"measured/{name}"): float(value[taken].double().median())
+        diverged = module.status == DIVERGED if isinstance(module, LinearNetwork) else None
+        medians = {TAGS.get(name, f"measured/{name}"): float(median(value, diverged))
                    for name, value in values.items() if value.ndim == 1}  # fmt: skip
-        medians = {tag: median for tag, median in medians.items() if not math.isnan(median)}
+        medians = {tag: number for tag, number in medians.items() if number == number}
         for logger in trainer.loggers:
             logger.log_metrics(medians, step=step)
+
+    def arguments(self) -> dict[str, Any]:
+        """What it was made with, as its attributes tell."""
+        defaults = {
+            name: parameter.default
+            for cls in reversed(type(self).__mro__)
+            if "__init__" in vars(cls)
+            for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        }
+        known = {**vars(self), **self._given}
+        names = sorted(defaults.keys() & known.keys())
+        return {name: known[name] for name in names if not _alike(known[name], defaults[name])}
+
+    @cached_property
+    def state_key(self) -> str:
+        """Tells apart several of one class: the class, and the arguments that are not the default."""
+        arguments = json.dumps(self.arguments(), default=lambda value: getattr(value, "__name__", type(value).__name__))
+        return type(self).__qualname__ + (arguments if arguments != "{}" else "")
+
+    def refuse_to_share(self, name: str, other: "Measurement") -> None:
+        """Raise ValueError where another measurement records the same variable and is not the same but for its schedule."""
+        mine, its = ({k: v for k, v in each.arguments().items() if k not in each._given} for each in (self, other))
+        if other is not self and (type(self) is not type(other) or not _alike(mine, its)):
+            raise ValueError(
+                f"{name} is recorded already, by {type(self).__name__} with {mine or 'its defaults'}: two measurements "
+                "cannot record one variable; leave one out, or measure it in a variant"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The last measured step."""
         return {"last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore it."""
         self._last_step = state_dict["last_step"]
 
 
 def _recorder_of(trainer: Trainer) -> Recorder | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, Recorder)), None)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, TypeError, ValueError):  # tensors and arrays of several entries
+        return repr(one) == repr(other)
+
+
+def refuse_twins(callbacks: Iterable[Callback]) -> None:
+    """Raise ValueError for two measurements, or two checkpoints, whose states a checkpoint could not tell apart."""
+    keys = Counter(callback.state_key for callback in callbacks if isinstance(callback, Measurement | Checkpoint))
+    for key, count in keys.items():
+        if count > 1:
+            raise ValueError(f"trainer.callbacks: {count} of {key} with the same arguments; leave one")

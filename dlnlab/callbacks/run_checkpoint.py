@@ -7,24 +7,31 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dlnlab import checks
+from dlnlab.callbacks.member_guard import MemberGuard
+
 _PARTS = 20
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Checkpoints every max_steps/20 steps and at the end, with `last.ckpt`; none is removed.
+    """Saves a fit's whole state every max_steps/20 steps and at the end, with `last.ckpt`; none is removed.
+
+    A fit always has one, beside any ModelCheckpoint of its config. Name it in the config to choose the period.
 
     Args:
         every_n_train_steps: A period in optimizer steps; None is max_steps/20, rounded up to the guard's grid.
-        grid: The guard's period.
-        **kwargs: Those of ModelCheckpoint.
+
+    Raises:
+        ValueError: If the period is no positive whole number.
     """
 
-    def __init__(self, every_n_train_steps: int | None = None, grid: int = 1, **kwargs: Any) -> None:
+    def __init__(self, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None:
+            checks.integer("every_n_train_steps", every_n_train_steps, at_least=1)
         # A run that goes on from an earlier checkpoint replaces the later ones, instead of writing `last-v1.ckpt` beside.
-        defaults = {"save_top_k": -1, "save_last": True, "filename": "{step}", "enable_version_counter": False}
-        super().__init__(every_n_train_steps=every_n_train_steps or 1, **(defaults | kwargs))
+        super().__init__(filename="{step}", save_top_k=-1, save_last=True, enable_version_counter=False,
+                         every_n_train_steps=every_n_train_steps or 1)  # fmt: skip
         self._given = every_n_train_steps
-        self._grid = grid
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: what is saved depends on the step alone, and a run directory may move."""
@@ -33,7 +40,9 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the period, now that max_steps is known."""
         if self._given is None:
-            self._every_n_train_steps = self._grid * math.ceil(max(trainer.max_steps, 1) / _PARTS / self._grid)
+            guards = (callback for callback in trainer.callbacks if isinstance(callback, MemberGuard))
+            grid = next((guard.settings.every_n_steps for guard in guards), 1)
+            self._every_n_train_steps = grid * math.ceil(max(trainer.max_steps, 1) / _PARTS / grid)
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -155,18 +155,6 @@ class Sharpness(Measurement):
         self._before: list[Tensor] | None = None
         self._seconds, self._count, self._began = 0.0, 0, 0.0
 
-    @property
-    def state_key(self) -> str:
-        """One trainer may have several, of different quantities."""
-        return self._generate_state_key(
-            quantity=self.quantity,
-            operator=self.operator,
-            which=self.which,
-            k=self.k,
-            params=self.params,
-            mode=self.mode,
-        )
-
     # What is measured -------------------------------------------------------------------------------------------------
 
     def names(self, model: LightningModule) -> tuple[str, ...]:

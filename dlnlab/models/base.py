@@ -54,7 +54,14 @@ from dlnlab.kernels.guard import ABOVE_BOUND, NOT_FINITE, bound_of
 from dlnlab.metrics import MemberLoss
 from dlnlab.models.batch import Batch, NullBatch
 from dlnlab.models.programme import CONSTANT, Programme, checked_schedules
-from dlnlab.models.trainer import count_steps, limit_steps, next_event_of, refuse_what_chunks_cannot_honour
+from dlnlab.models.trainer import (
+    count_steps,
+    leave_requeueing_alone,
+    limit_steps,
+    next_event_of,
+    refuse_checkpoint_of_requeueing,
+    refuse_what_chunks_cannot_honour,
+)
 from dlnlab.optim import GainSGD, GradientFlow, StepSchedule, StochasticGradientFlow
 from dlnlab.schedule import Schedule
 
@@ -414,6 +421,7 @@ class LinearNetwork(LightningModule):
                 if self.guard is not None:  # its steps are few and long
                     self.guard = replace(self.guard, every_n_steps=1)
             refuse_what_chunks_cannot_honour(self.trainer)
+            leave_requeueing_alone(self.trainer)
 
     def _refuse_what_flows_cannot_follow(self) -> None:
         kind = type(self._optimizer).__name__
@@ -1162,6 +1170,7 @@ class LinearNetwork(LightningModule):
         Raises:
             ValueError: If a fit cannot go on from it; see `refuse_old_checkpoint`.
         """
+        refuse_checkpoint_of_requeueing(self._trainer)
         if self.guard is not None:
             self.refuse_old_checkpoint(checkpoint)
         self._kept = _on(self.device, checkpoint.get("dlnlab_kept", {}))
