@@ -289,6 +289,8 @@ class Recorder(Callback):
         self.flush()
         self._pending, self._final = self._final, {}
         self.flush()
+        if self.directory is not None and self._num_segments == 0 and (self.directory / "results").is_dir():
+            self._write_segment({}, {})  # a run that has ended says so, though it has recorded nothing
         if self.directory is not None:
             self._write_events({name: ([step], value[None]) for name, (step, value) in self._unshown.items()})
 
@@ -348,14 +350,18 @@ class Recorder(Callback):
             steps = {name + results._STEPS: np.array(at) for name, (at, _) in series.items()}
             self._parts.append({**constants, **arrays, **steps, "dims": np.array(json.dumps(self._dims))})
         else:
-            folder = self.directory / "results"
-            written = results.write_segment(folder, self._num_segments, series, constants, self._dims)
+            written = self._write_segment(series, constants)
             if self._num_segments == 0:
                 self._lay_out(series)
             self._write_events(self._thin(series))
             self._chain = results.chain(self._chain, written)
         self._num_segments += 1
         self._pending, self._bytes = {}, 0
+
+    def _write_segment(self, series: dict[str, tuple[list[int], np.ndarray]], constants: dict[str, np.ndarray]) -> str:
+        place = results.follows(self._header()[0], self._chain)
+        folder = self.directory / "results"
+        return results.write_segment(folder, self._num_segments, series, constants, self._dims, place)
 
     def _check_invariants(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
         """Warn, once for each, of what exact arithmetic would make zero and more than rounding has not."""
