@@ -16,7 +16,8 @@ commands:
   export     what a run has recorded as netcdf, zarr, parquet or csv: dlnlab export RUN --format netcdf
 
 Ctrl-C and SIGTERM end a fit in order, with a checkpoint, and it says how to go on; a second Ctrl-C ends it at once.
-`dlnlab COMMAND --help` lists a command's arguments, `dlnlab fit --config FILE --print_config` what they come to.
+`dlnlab COMMAND --help` lists a command's arguments; `dlnlab fit --config FILE --print_config` prints what they come to, a
+config that can be run as it stands.
 """
 
 # Command -> the function that carries it out, imported only when it is called for.

@@ -171,6 +171,8 @@ class Recorder(Callback):
         """The model's variables that are recorded, once the fit is prepared."""
         self.config: dict[str, Any] | None = None
         """The resolved config, which every checkpoint carries."""
+        self.origin: dict[str, Any] | None = None
+        """What the run has started from, as every checkpoint says it (`dlnlab.start.Origin`)."""
         self._module: LightningModule | None = None
 
     # The fit ----------------------------------------------------------------------------------------------------------
@@ -413,6 +415,7 @@ class Recorder(Callback):
         cell_of_member, cells = self.ensemble.group(tuple(axes))
         names = [",".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in cell.items()) or "members"
                  for cell in cells]  # fmt: skip
+        names = checks.names_from_values(names, [json.dumps(cell) for cell in cells])
         chosen = np.unique(np.linspace(0, len(names) - 1, min(self.max_runs, len(names))).round().astype(int)).tolist()
         self._cells = [f"cells/{names[i]}" for i in chosen]
         self._members = np.stack([np.flatnonzero(cell_of_member.numpy() == i) for i in chosen])
@@ -510,6 +513,7 @@ class Recorder(Callback):
         del trainer, pl_module
         checkpoint["dlnlab_config"] = self.config
         checkpoint["dlnlab_init_from"] = self.attributes.get("init_from")
+        checkpoint["dlnlab_origin"] = self.origin
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""

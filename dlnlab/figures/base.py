@@ -36,6 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from dlnlab import checks
 from dlnlab.files import write_atomic
 
 COLUMN_WIDTH = 3.4
@@ -75,8 +76,7 @@ class Figure:
 
     def __init__(self, name: str | None = None) -> None:
         self.name = _snake_case(type(self).__name__) if name is None else name
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(f"figures: name = {name!r}: must be a file name of letters, digits, '_', '-' and '.'")
+        checks.file_name("figures: name", self.name)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw what was recorded.
