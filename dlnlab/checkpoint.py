@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from dlnlab.files import DamagedFileError, read_verified, write_atomic
+from dlnlab import checks
+from dlnlab.files import DamagedFileError, newer, read_verified, write_atomic
+
+FORMAT = 1
+"""The number of the layout of our own keys in a checkpoint (`dlnlab_...`, states of callbacks and models), which it
+carries as `dlnlab_format`. It grows when older versions of dlnlab can no longer go on from one. Checkpoints without it,
+from before there was one, count as 0."""
+_FORMAT_KEY = "dlnlab_format"
 
 
 class CheckpointError(ValueError):
@@ -34,7 +41,7 @@ class AtomicCheckpointIO(CheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save({**checkpoint, _FORMAT_KEY: FORMAT}, buffer)
         # A damaged one must not take the place of the whole one it had replaced.
         write_atomic(path, buffer.getvalue(), checksum=True, keep_previous=_is_whole(path))
 
@@ -92,13 +99,13 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         map_location: Where its tensors go, as for `torch.load`.
 
     Returns:
-        The checkpoint: tensors and plain containers.
+        The checkpoint as it was given to `save_checkpoint`: tensors and plain containers.
 
     Raises:
-        CheckpointError: If it is missing, damaged or no checkpoint.
+        CheckpointError: If it is missing, damaged, no checkpoint, or of a newer format.
     """
     try:
-        return torch.load(io.BytesIO(read_verified(path)), map_location=map_location, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(read_verified(path)), map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except DamagedFileError as error:
@@ -108,3 +115,11 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is no checkpoint of dlnlab: it holds more than tensors and plain containers, which is never loaded"
         ) from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} is no checkpoint of dlnlab: it holds {checks.shown(type(checkpoint).__name__)}")
+    number = checkpoint.pop(_FORMAT_KEY, 0)
+    if type(number) is not int or number < 0:
+        raise CheckpointError(f"{path} is no checkpoint of dlnlab: its {_FORMAT_KEY} is {checks.shown(number)}")
+    if number > FORMAT:
+        raise CheckpointError(f"{path}: {newer('a checkpoint', number, FORMAT)}")
+    return checkpoint

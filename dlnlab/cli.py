@@ -21,7 +21,8 @@ commands:
 
 Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a fit in order, with a checkpoint, and it says how to go on; a second
 Ctrl-C ends it at once. Under SLURM, `#SBATCH --signal=USR1@120` ends it two minutes before the time limit.
-`dlnlab COMMAND --help` lists a command's arguments, `dlnlab fit --config FILE --print_config` what they come to.
+`dlnlab COMMAND --help` lists a command's arguments; `dlnlab fit --config FILE --print_config` prints what they come to, a
+config that can be run as it stands.
 """
 
 # Command -> the function that carries it out, imported only when it is called for.

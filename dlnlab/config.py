@@ -90,7 +90,7 @@ def what_must_agree(resolved: dict[str, Any], fitting: bool) -> dict[str, Any]:
     """
     parts = {section: resolved.get(section) for section in (_FIXED if fitting else ("ensemble", "model", "seed"))}
     if fitting:
-        measurements = resolved["trainer"].get("callbacks") or []
+        measurements = (resolved.get("trainer") or {}).get("callbacks") or []
         parts["trainer.callbacks"] = measurements if isinstance(measurements, list) else [measurements]
     flat: dict[str, Any] = {}
 

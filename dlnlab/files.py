@@ -21,6 +21,20 @@ class DamagedFileError(ValueError):
     """A file whose checksum does not match its contents."""
 
 
+def newer(what: str, number: int, known: int) -> str:
+    """Say that a file has a format which only a later version of dlnlab reads.
+
+    Args:
+        what: The file's content, as `results`.
+        number: Its format.
+        known: The newest format that can be read here.
+    """
+    return (
+        f"{what} of format {number}, and this version of dlnlab reads up to format {known}: upgrade dlnlab "
+        "(pip install --upgrade dlnlab)"
+    )
+
+
 def write_atomic(path: Path, content: bytes, *, checksum: bool = False, keep_previous: bool = False) -> None:
     """Put `content` at `path` so that a reader, or a crash at any moment, finds the old file or the new one.
 

@@ -1,5 +1,6 @@
 """A command line -> a run that is checked in memory before anything is made on disk, then carried out."""
 
+import argparse
 import contextlib
 import enum
 import importlib.util
@@ -12,9 +13,10 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, get_args
 
 import jsonargparse
@@ -52,7 +54,7 @@ from dlnlab.models import LinearNetwork
 from dlnlab.models.trainer import ONE_DEVICE, resume_from_nothing
 from dlnlab.results import HEADER, load_results, verify_segments
 from dlnlab.run_directory import claim, empty, give_back
-from dlnlab.start import Start
+from dlnlab.start import Origin, Start, identity_of
 from dlnlab.tables import TableWarning
 
 _LOGS = "lightning_logs"
@@ -76,6 +78,16 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+class _Asked(argparse.Action):
+    """A word of the command line that is no key of a config; whoever parses has looked for it before."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, *_: Any) -> None:
+        """Nothing is kept of it."""
+
+
 class Run(LightningCLI):
     """One command line: parsed and built by the constructor, then checked, then carried out; without its variants.
 
@@ -93,10 +105,12 @@ class Run(LightningCLI):
         self.checkpoint_io = AtomicCheckpointIO()
         self._last_checkpoint: Path | None = None
         self._let_go = contextlib.ExitStack()
+        self.origin = Origin()
+        """What the run has started from."""
         self.write, self.silent = write, silent
         self.replaced = tuple(replaced)
         self.command = argv[0]
-        patient = {"exit_on_error": False, "allow_abbrev": False}
+        patient = {"exit_on_error": False, "allow_abbrev": False, "print_config": None}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -124,6 +138,9 @@ class Run(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our own keys."""
+        parser.add_argument(
+            "--print_config", action=_Asked, help="Print what the run's config.yaml would hold, and exit."
+        )
         parser.add_argument("--name", type=str | None, default=None, help="The run is lightning_logs/NAME/version_N; "
                             "the last config file's stem unless given.")  # fmt: skip
         parser.add_argument("--seed", type=int, default=0, help="The root of all random streams.")
@@ -307,6 +324,13 @@ class Run(LightningCLI):
             self.recorder.prepare(trainer, model)
         measured: dict[str, Measurement] = {}
         for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                path = PurePath(callback.filename or "")
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(
+                        f"trainer.callbacks: {type(callback).__name__}.filename = {checks.shown(callback.filename)}: must be "
+                        "a name in the folder of checkpoints; give another folder as dirpath"
+                    )
             if isinstance(callback, Measurement):
                 with about("trainer.callbacks", type(callback)):
                     callback.prepare(trainer, model)
@@ -317,10 +341,13 @@ class Run(LightningCLI):
             self.recorder.check_metrics(trainer, {name: callback.schedule for name, callback in measured.items()})
         for callback in trainer.callbacks:
             self._check_callback(callback)
+        self.name = self._name()
         self.figures = self.config_init.fit.figures
         for figure in self.figures:
             if [other.name for other in self.figures].count(figure.name) > 1:
                 raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
+        checks.different_names("figures", [figure.name for figure in self.figures])
+        for figure in self.figures:
             with about("figures", type(figure)):
                 figure.check(variables, self.recorder.ensemble.axes)
 
@@ -352,9 +379,7 @@ class Run(LightningCLI):
         if name is None:
             files = [file for file in self.config.fit.config or [] if file is not None]  # None: given as text
             name = Path(str(files[-1])).stem if files else type(self.model).__name__
-        if not name.isprintable() or name != Path(name).name or name in ("", ".."):
-            raise ValueError(f"name = {name!r}: must be the name of a folder, not a path")
-        return name
+        return checks.file_name("name", name)
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         if self.ckpt_path is None:
@@ -376,6 +401,7 @@ class Run(LightningCLI):
     def start_from(self, start: Start | None) -> None:
         """Let a fit that begins at step 0 start from another run's parameters, or from its own."""
         self.resolved["init_from"] = None if start is None else start.source
+        self.origin = Origin() if start is None else Origin(start.identity, start.step)
         self._describe(None if start is None else start.provenance)
         self.recorder.source_axes = {} if start is None else start.axes
         if start is not None:
@@ -383,8 +409,9 @@ class Run(LightningCLI):
 
     def _start_as(self, checkpoint: dict[str, Any], given: str | None) -> None:
         """Remember what a resumed fit has started from when it began."""
-        recorded = (checkpoint["dlnlab_config"] or {}).get("init_from")
-        if given is not None and given not in (recorded, str(recorded).rpartition("@")[0]):
+        recorded = checkpoint["dlnlab_config"].get("init_from")
+        self.origin = Origin.of_checkpoint(checkpoint)
+        if given is not None and not self._is_recorded(given, recorded):
             raise CheckpointError(
                 f"init_from = {given}: the checkpoint's run started from {recorded}; a resume must not change it "
                 "(start a new run instead)"
@@ -393,11 +420,29 @@ class Run(LightningCLI):
         self._describe(checkpoint.get("dlnlab_init_from"))
         self.recorder.source_axes = checkpoint.get("dlnlab_source_axes") or {}
 
+    def _is_recorded(self, given: str, recorded: str | None) -> bool:
+        """Whether a source is the one that a run has started from, under this name or, moved, under another."""
+        if recorded is None or given in (recorded, recorded.rpartition("@")[0]):
+            return recorded is not None
+        try:
+            start = Start.read(given)
+        except CheckpointError:
+            return False
+        return self.origin.recorded is None and self.origin.is_at(start)
+
+    @property
+    def identity(self) -> str:
+        """What tells the run from others, wherever it lies (`dlnlab.start.identity_of`)."""
+        return identity_of(self.resolved, self.origin)
+
     def _compare(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another config, before anything of it is used."""
         path = Path(self.ckpt_path)
         recorded = checkpoint.get("dlnlab_config") if isinstance(checkpoint, dict) else None
-        if not recorded or not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
+        if (
+            not isinstance(recorded, dict)
+            or not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys()
+        ):
             raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
         fitting = self.subcommand == "fit"
         directory = self.directory_of_checkpoint()
@@ -425,9 +470,8 @@ class Run(LightningCLI):
         """Tell the recorder what its results shall say about the run, and what it has started from."""
         versions = {name: version(name) for name in ("torch", "lightning", "torchmetrics", "numpy", "scipy", "xarray")}
         versions |= {"dlnlab": dlnlab.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        config = yaml.safe_dump(self.resolved, sort_keys=False)
-        self.recorder.config = self.resolved
-        self.recorder.attributes |= {"config": config, "versions": json.dumps(versions, indent=1)}
+        self.recorder.config, self.recorder.origin = self.resolved, self.origin.for_checkpoint()
+        self.recorder.attributes |= {"config": self.record, "versions": json.dumps(versions, indent=1)}
         if provenance is not None:
             self.recorder.attributes["init_from"] = provenance
 
@@ -449,7 +493,7 @@ class Run(LightningCLI):
             self.directory = self.directory_of_checkpoint()
         else:
             root = Path(self.config.fit.trainer.default_root_dir or "")
-            self.directory = claim(root / _LOGS / self._name())
+            self.directory = claim(root / _LOGS / self.name)
         with about("ckpt_path"):
             self._hold()
             if self.checkpoint is not None:
@@ -504,6 +548,11 @@ class Run(LightningCLI):
 
     # Carrying out -----------------------------------------------------------------------------------------------------
 
+    @property
+    def record(self) -> str:
+        """The run's config.yaml."""
+        return yaml.safe_dump(self.resolved, sort_keys=False)
+
     def where(self) -> str:
         """Which run has failed and how far it has come, the beginning of a message; its records until then are kept."""
         if self.subcommand != "fit":
@@ -533,15 +582,16 @@ class Run(LightningCLI):
         """What a fit has recorded."""
         return load_results(self.directory) if self.write else self.recorder.dataset()
 
-    def draw(self, **variants: xr.Dataset) -> None:
+    def draw(self, variants: Mapping[str, "Run"] = MappingProxyType({})) -> None:
         """Draw the figures of a fit that writes.
 
         Args:
-            **variants: The results of its variants.
+            variants: Its variants.
         """
         if self.write and self.figures:
             dataset, folder = self.results(), self.directory / "figures"
-            saved = [file for figure in self.figures for file in figure.save(dataset, folder, **variants)]
+            others = {name: run.results() for name, run in variants.items()}
+            saved = [file for figure in self.figures for file in figure.save(dataset, folder, **others)]
             pictures = {file.stem: file for file in saved if file.suffix == ".png"}
             self.recorder.add_images(pictures, self.trainer.global_step)
 

@@ -225,7 +225,7 @@ def _explain_parser(text: str) -> str:
         sections = "" if "." in found[1] else f"; the sections are {', '.join(SECTIONS)}"
         return f"{found[1]}: there is no such key{sections}"
     if found := re.match(r"the following arguments are required: \w+\.(\S+)", text):
-        return f"{found[1]}: must be given; {_known(found[1])}"
+        return f"{found[1]}: must be given; {known(found[1])}"
     if 'Parser key "' not in text:
         return " ".join(text.split())
     key, kind, inner = _innermost(text)
@@ -267,9 +267,9 @@ def _explain_key(key: str, kind: str | None, inner: str) -> str:
     if found := re.search(r"the following arguments are required: ([\w, ]+)", inner):
         return f"{key}: {kind.rpartition('.')[2] if kind else 'it'} needs {found[1]}"
     if found := re.search(r"Expected a dot import path string: (\S+?)\.?(?:\s|$)", inner):
-        return f"{key}: no class {found[1]!r}; {_known(key)}"
+        return f"{key}: no class {found[1]!r}; {known(key)}"
     if found := re.search(r"(?:Import path (\S+) does not correspond|Expected '(\S+)' to be )", inner):
-        return f"{key}: {found[1] or found[2]} is of another kind; {_known(key)}"
+        return f"{key}: {found[1] or found[2]} is of another kind; {known(key)}"
     given = re.search(r"(?:Got|Given) value: (.*)", inner)
     given = re.sub(r"^NestedArg\(key='[^']*', val=(.*?)\)$", r"\1", given[1]) if given else ""
     given = given.split(". Got value: ")[0]  # of a value, then of what holds it
@@ -279,7 +279,7 @@ def _explain_key(key: str, kind: str | None, inner: str) -> str:
         beside = re.match(r"\{'class_path': '[^']*'(?:, 'init_args': \{.*?\})?, '(?!init_args)(\w+)': ", given)
         if beside:
             return f"{key}.{beside[1]}: there is no such key; arguments of a class go under init_args"
-        return f"{key} = {_short(given)}: must be {{class_path: ..., init_args: {{...}}}}; {_known(key)}"
+        return f"{key} = {_short(given)}: must be {{class_path: ..., init_args: {{...}}}}; {known(key)}"
     allowed = dict.fromkeys(
         _WORDS[name] for name in re.findall(r"Expected an? <class '(\w+)'>", inner) if name in _WORDS
     )
@@ -314,10 +314,11 @@ def _not_found(key: str, kind: str | None, said: str, name: str) -> str:
     if said.startswith("No module") and kind and name != module and not module.startswith(f"{name}."):
         return f"{kind} cannot be imported: {said}"  # the file is there, and what it imports is not
     what = f"{module} {said}" if cls == name and not said.startswith("No module") else said
-    return f"no class {kind!r}: {what}; {_known(key)}"
+    return f"no class {kind!r}: {what}; {known(key)}"
 
 
-def _known(key: str) -> str:
+def known(key: str) -> str:
+    """What can be chosen at a key, the end of a message."""
     room = next((room for room in (_OPTIMIZER, _SCHEDULES, *_ROSTERS) if key.startswith(room)), None)
     if room is None:
         return "give a dotted class path"

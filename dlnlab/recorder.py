@@ -185,6 +185,8 @@ class Recorder(Callback):
         """The model's variables that are recorded, once the fit is prepared."""
         self.config: dict[str, Any] | None = None
         """The resolved config, which every checkpoint carries."""
+        self.origin: dict[str, Any] | None = None
+        """What the run has started from, as every checkpoint says it (`dlnlab.start.Origin`)."""
         self._module: LightningModule | None = None
         self._trainer: Trainer | None = None
         self._loggers: list[Logger] = []
@@ -367,6 +369,8 @@ class Recorder(Callback):
         self.flush()
         self._pending, self._final = self._final, {}
         self.flush()
+        if self.directory is not None and self._num_segments == 0 and (self.directory / "results").is_dir():
+            self._write_segment({}, {})  # a run that has ended says so, though it has recorded nothing
         self._show({name: ([step], value[None]) for name, (step, value) in self._unshown.items()})
 
     def record(
@@ -430,8 +434,7 @@ class Recorder(Callback):
             if self._loggers:
                 self._show(self._thin(series))
         else:
-            folder = self.directory / "results"
-            written = results.write_segment(folder, self._num_segments, series, constants, self._dims)
+            written = self._write_segment(series, constants)
             if self._num_segments == 0:
                 self._lay_out(series)
             self._show(self._thin(series))
@@ -440,6 +443,11 @@ class Recorder(Callback):
         self._pending, self._bytes = {}, 0
         kept = {step for step, _ in self._unshown.values()}.union(*(steps for steps, _ in self._final.values()))
         self._diverged = {step: members for step, members in self._diverged.items() if step in kept}
+
+    def _write_segment(self, series: dict[str, tuple[list[int], np.ndarray]], constants: dict[str, np.ndarray]) -> str:
+        place = results.follows(self._header()[0], self._chain)
+        folder = self.directory / "results"
+        return results.write_segment(folder, self._num_segments, series, constants, self._dims, place)
 
     def _check_invariants(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
         """Warn, once for each, of what exact arithmetic would make zero and more than rounding has not."""
@@ -499,6 +507,7 @@ class Recorder(Callback):
         cell_of_member, cells = self.ensemble.group(tuple(axes))
         names = [",".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in cell.items()) or "members"
                  for cell in cells]  # fmt: skip
+        names = checks.names_from_values(names, [json.dumps(cell) for cell in cells])
         chosen = np.unique(np.linspace(0, len(names) - 1, min(self.max_runs, len(names))).round().astype(int)).tolist()
         self._cells = [f"cells/{names[i]}" for i in chosen]
         self._members = np.stack([np.flatnonzero(cell_of_member.numpy() == i) for i in chosen])
@@ -673,6 +682,7 @@ class Recorder(Callback):
         checkpoint["dlnlab_config"] = self.config
         checkpoint["dlnlab_init_from"] = self.attributes.get("init_from")
         checkpoint["dlnlab_source_axes"] = self.source_axes
+        checkpoint["dlnlab_origin"] = self.origin
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""

@@ -1,23 +1,28 @@
 """Result segments on disk -> one labelled data set.
 
-A run's `results/` holds `ensemble.json` (axes and attributes, with a checksum inside) and immutable segments
-`part-000000.npz`, ...; each is a zip archive of arrays with a checksum behind it. An array `name` holds one variable
-over (T, E, ...), and `name/steps` the T optimizer steps it was recorded at; a variable without steps is as of the
-segment's end.
+A run's `results/` holds `ensemble.json` (format number, axes and attributes, with a checksum inside) and immutable
+segments `part-000000.npz`, ...; each is a zip archive of arrays with a checksum behind it. An array `name` holds one
+variable over (T, E, ...), and `name/steps` the T optimizer steps it was recorded at; a variable without steps is as of
+the segment's end. `dims` names trailing dimensions, and `follows` is the checksum of the axes and of the segments before.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from dlnlab.files import DamagedFileError, read_verified, write_atomic
+from dlnlab.files import DamagedFileError, newer, read_verified, write_atomic
 
+FORMAT = 1
+"""The number of the layout described above, which headers carry as `format`. It grows when files can no longer be read
+by older versions of dlnlab. Headers without it, from before there was one, count as 0: their segments lack `follows`."""
 STATUSES = ("running", "converged", "diverged")
 HEADER = "ensemble.json"
 _PART = "part-{:06d}.npz"
@@ -51,28 +56,69 @@ class ResultError(ValueError):
 
 def write_header(folder: Path, axes: dict[str, list[Any]], coordinates: dict[str, Any], attributes: dict) -> None:
     """Start a results folder: the ensemble's axes, further coordinates {name: (axis or axes, values)} and attributes."""
-    header = {"axes": axes, "coordinates": coordinates, "attributes": attributes}
+    header = {"format": FORMAT, "axes": axes, "coordinates": coordinates, "attributes": attributes}
     write_atomic(folder / HEADER, json.dumps({**header, "sha256": _digest_of(header)}, indent=1).encode())
 
 
-def _digest_of(header: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What `write_header` wrote.
+    """Read what `write_header` wrote.
 
     Raises:
-        ResultError: If it is damaged.
+        ResultError: If it is missing, damaged, of a newer format, or no header of results.
     """
+    path = folder / HEADER
     try:
-        header = json.loads((folder / HEADER).read_bytes())
-        whole = header.pop("sha256") == _digest_of(header)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        whole = False
+        header = json.loads(path.read_bytes())
+        digest = header.pop("sha256", None) if isinstance(header, dict) else None
+        whole = digest is not None and digest == _digest_of(header)
+    except FileNotFoundError:
+        raise ResultError(f"{path} is missing; a resume of the run writes it anew") from None
+    except (ValueError, RecursionError):
+        header, whole = None, False
+    number = header.get("format", 0) if isinstance(header, dict) else 0
+    if type(number) is int and number > FORMAT:
+        raise ResultError(f"{path}: {newer('results', number, FORMAT)}")
     if not whole:
-        raise ResultError(f"{folder / HEADER} is damaged; a resume of the run writes it anew")
+        raise ResultError(f"{path} is damaged; a resume of the run writes it anew")
+    if reason := _no_header(header):
+        raise ResultError(f"{path} is no header of results that dlnlab wrote: {reason}")
     return header
+
+
+def _no_header(header: dict[str, Any]) -> str | None:
+    """Why a mapping is no header, or None if it is one."""
+    if type(header.get("format", 0)) is not int or header.get("format", 0) < 0:
+        return "its format is no whole number"
+    for key in ("axes", "coordinates", "attributes"):
+        if not isinstance(header.get(key), dict):
+            return f"{key} must be a mapping"
+    axes = header["axes"]
+    for name, values in axes.items():
+        if name == "step" or not _are_labels(values):
+            return f"axes.{name} must be a list of numbers or texts, and not be called step"
+    for name, given in header["coordinates"].items():
+        of, values = given if isinstance(given, list) and len(given) == 2 else (None, None)
+        of = [of] if isinstance(of, str) else of
+        if (
+            name in (*axes, "step")
+            or not isinstance(of, list)
+            or set(map(type, of)) != {str}
+            or not _are_labels(values)
+        ):
+            return f"coordinates.{name} must be its axes and as many numbers or texts"
+    return None
+
+
+def _are_labels(values: Any) -> bool:
+    """Whether values from a file can label axes: texts and numbers that arrays of NumPy hold as such."""
+    try:
+        return isinstance(values, list) and bool(values) and _coordinate(values).dtype.kind in "Uiuf"
+    except (ValueError, OverflowError):  # ragged lists
+        return False
 
 
 def write_segment(
@@ -81,6 +127,7 @@ def write_segment(
     series: dict[str, tuple[list[int], np.ndarray]],
     constants: dict[str, np.ndarray],
     dims: dict[str, list[str]],
+    follows: str,
 ) -> str:
     """Write one immutable segment.
 
@@ -90,6 +137,7 @@ def write_segment(
         series: name -> (steps (T,), values (T, E, ...)).
         constants: name -> values (E, ...), as of now; the last segment's count.
         dims: Names of the trailing dimensions of variables that have any.
+        follows: What the segment belongs behind (`follows`).
 
     Returns:
         The checksum of its contents.
@@ -97,7 +145,7 @@ def write_segment(
     arrays = dict(constants)
     for name, (steps, values) in series.items():
         arrays[name], arrays[name + _STEPS] = values, np.asarray(steps, dtype=np.int64)
-    arrays["dims"] = np.array(json.dumps(dims))
+    arrays["dims"], arrays["follows"] = np.array(json.dumps(dims)), np.array(follows)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_atomic(folder / _PART.format(number), buffer.getvalue(), checksum=True)
@@ -107,6 +155,16 @@ def write_segment(
 def chain(before: str, segment: str) -> str:
     """The checksum of a series of segments, from that of the series without its last and the last one's own."""
     return hashlib.sha256(f"{before} {segment}".encode()).hexdigest()
+
+
+def follows(axes: dict[str, list[Any]], before: str) -> str:
+    """What a segment says of its place, so that a part of another run is not taken for one of this.
+
+    Args:
+        axes: The ensemble's axes, as the header has them.
+        before: The `chain` of the segments before it.
+    """
+    return chain(before, _digest_of(axes))
 
 
 def verify_segments(folder: Path, count: int, expected: str) -> None:
@@ -134,11 +192,27 @@ def verify_segments(folder: Path, count: int, expected: str) -> None:
 
 
 def segments(folder: Path) -> list[Path]:
-    """The segments of a results folder, in order, without gaps."""
-    found = []
-    while (path := folder / _PART.format(len(found))).exists():
-        found.append(path)
-    return found
+    """The segments of a results folder, in order.
+
+    Raises:
+        ResultError: If there are none, or one of those before the last is missing.
+    """
+    found = {path.name for path in folder.glob("part-*.npz")}
+    last = max((int(name[5:-4]) for name in found if re.fullmatch(r"part-[0-9]{6,}\.npz", name)), default=None)
+    if last is None:
+        raise ResultError(
+            f"{folder} has no segments ({_PART.format(0)}, ...): the run has recorded nothing yet, or they were removed"
+        )
+    paths = []
+    while len(paths) <= last:
+        path = folder / _PART.format(len(paths))
+        if path.name not in found:
+            raise ResultError(
+                f"{path} is missing, and segments up to {_PART.format(last)} are there: put it back, or resume from a "
+                "checkpoint that was written before it"
+            )
+        paths.append(path)
+    return paths
 
 
 def drop_segments(folder: Path, keep: int) -> None:
@@ -154,8 +228,15 @@ def read_segment(path: Path) -> dict[str, np.ndarray]:
     Raises:
         DamagedFileError: If the segment is not as it was written.
     """
-    with np.load(io.BytesIO(read_verified(path)), allow_pickle=False) as archive:
-        return dict(archive)
+    return _arrays(path, read_verified(path))
+
+
+def _arrays(path: Path, content: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception:  # what NumPy and zipfile raise for a foreign archive differs from version to version
+        raise DamagedFileError(f"{path} is damaged: it is no archive of plain arrays") from None
 
 
 def load_results(run: str | Path) -> xr.Dataset:
@@ -174,22 +255,67 @@ def load_results(run: str | Path) -> xr.Dataset:
 
     Raises:
         FileNotFoundError: If the folder is no run.
-        ResultError: If a segment or the header is damaged.
+        ResultError: If nothing was recorded yet, if the header or a segment is missing, damaged, foreign or part of
+            another run, or if a newer version of dlnlab wrote them in a format that this one does not know.
     """
     run = Path(run)
     folder = run / "results"
-    if not (folder / HEADER).exists():
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{run} is no run directory: it has no results/{HEADER}")
+    if not (folder / HEADER).exists() and not any(folder.glob("part-*.npz")):
         raise FileNotFoundError(f"{run} is no run directory: it has no results/{HEADER}")
     header = read_header(folder)
-    parts = []
+    parts, before, members = [], "", math.prod(len(values) for values in header["axes"].values())
     for path in segments(folder):
         try:
-            parts.append(read_segment(path))
+            content = read_verified(path)
+            part = _arrays(path, content)
         except DamagedFileError as error:
             raise ResultError(f"{error}; move it and the later segments away to read those before it") from None
-    dataset = _assemble(header, parts)
+        if reason := _no_segment(part, members):
+            raise ResultError(f"{path} is no segment of these results: {reason}")
+        place = part.pop("follows", None)
+        if place is not None and str(place) != follows(header["axes"], before):
+            raise ResultError(f"{path} belongs to another run, or to another continuation of this one")
+        before = chain(before, hashlib.sha256(content).hexdigest())
+        parts.append(part)
+    try:
+        dataset = _assemble(header, parts)
+    except ValueError as error:
+        raise ResultError(f"the segments in {folder} do not belong together: {error}") from None
     dataset.encoding["source"] = str(run)  # where xarray says what it has read
     return dataset
+
+
+def _no_segment(part: Mapping[str, np.ndarray], members: int) -> str | None:
+    """Why arrays are no segment of an ensemble's results, or None if they are one."""
+    try:
+        dims = json.loads(str(part["dims"]))
+    except (KeyError, ValueError, RecursionError):
+        dims = None
+    if not isinstance(dims, dict) or not all(
+        isinstance(of, list) and set(map(type, of)) <= {str} for of in dims.values()
+    ):
+        return "its dims are no mapping of variables to names"
+    for name, values in part.items():
+        if name in ("dims", "follows"):
+            continue
+        if name.endswith(_STEPS):
+            if values.dtype.kind != "i" or values.ndim != 1 or name.removesuffix(_STEPS) not in part:
+                return f"{name} must be a list of whole numbers that belongs to a variable"
+            continue
+        if values.dtype.kind not in "biuf":
+            return f"{name} must hold numbers, and has {values.dtype}"
+        steps = part.get(name + _STEPS)
+        expected = (members,) if steps is None else (len(steps), members)
+        found = values.shape if steps is None else values.shape[:2]
+        if found != expected:
+            return f"{name} has shape {values.shape}, and these results have {members} members"
+        if name == "status" and not (np.isnan(values) | np.isin(values, range(len(STATUSES)))).all():
+            return "status must be a number of " + ", ".join(STATUSES)
+        if name in dims and len(dims[name]) != values.ndim - len(expected):
+            return f"{name} has shape {values.shape}, and dims {dims[name]}"
+    return None
 
 
 def _assemble(header: dict, parts: Iterable[dict[str, np.ndarray]]) -> xr.Dataset:
@@ -209,6 +335,8 @@ def _assemble(header: dict, parts: Iterable[dict[str, np.ndarray]]) -> xr.Datase
     units = {**UNITS, "distance": header["attributes"].get("distance_units", UNITS["distance"])}
     variables: dict[str, Any] = {}
     for name, found in series.items():
+        if len({values.shape[1:] for values in found.values()}) > 1:
+            raise ValueError(f"{name} has not one shape")
         tail = next(iter(found.values())).shape[1:]
         dims = (*names, "step", *trailing.get(name, _default_dims(len(tail))))
         values = np.full((len(steps), int(np.prod(shape)), *tail), np.nan)

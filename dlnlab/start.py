@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,63 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from dlnlab import config as configs
 from dlnlab.checkpoint import CheckpointError, read_checkpoint
 from dlnlab.ensemble import Ensemble
 from dlnlab.models import LinearNetwork
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run has started from: which run, wherever it lies and whatever it is called, and at which step.
+
+    Attributes:
+        identity: The source's `identity_of`; None for a run that has started from its own parameters.
+        step: The source's optimizer step; None where it is not known yet.
+        recorded: `RUN@STEP` of a checkpoint from before there were identities, which tells no more than that.
+    """
+
+    identity: str | None = None
+    step: int | None = None
+    recorded: str | None = None
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "Origin":
+        """The origin of a checkpoint's run."""
+        found = checkpoint.get("dlnlab_origin")
+        if found is None:
+            return cls(recorded=(checkpoint.get("dlnlab_config") or {}).get("init_from"))
+        return cls(found["identity"], found["step"])
+
+    def for_checkpoint(self) -> dict[str, Any] | None:
+        """The origin as a checkpoint holds it."""
+        return None if self.recorded is not None else {"identity": self.identity, "step": self.step}
+
+    def may_be(self, identity: str, directory: Path) -> bool:
+        """Whether a run is the source, at whichever step it stands now.
+
+        Args:
+            identity: The run's.
+            directory: The run's, whose name is all that `recorded` tells of it.
+        """
+        if self.recorded is not None:
+            return Path(self.recorded.rpartition("@")[0]).name == directory.resolve().name
+        return self.identity == identity
+
+    def is_at(self, start: "Start") -> bool:
+        """Whether the source, which `may_be` has let pass, stands where this run has started from it."""
+        if self.recorded is not None:
+            return self.recorded.endswith(f"@{start.step}")
+        return (self.identity, self.step) == (start.identity, start.step)
+
+
+def identity_of(config: dict[str, Any] | None, origin: Origin) -> str:
+    """Checksum of what tells a run from others: what of its resolved config a resume must not change, and its origin.
+
+    A run that is resumed, extended, renamed, moved or copied keeps it.
+    """
+    parts = {} if config is None else configs.what_must_agree(config, fitting=True)
+    return _sha256([{key: value for key, value in parts.items() if value is not None}, origin.identity])
 
 
 @dataclass(frozen=True)
@@ -24,6 +79,7 @@ class Start:
         step: The optimizer step of the source.
         state: The source's parameters and buffers by name.
         config_sha256: Checksum of the source's resolved config.
+        identity: What tells the source from other runs (`identity_of`).
         axes: Its ensemble's axes, and those of the runs it has started from in turn, one value per member.
     """
 
@@ -31,6 +87,7 @@ class Start:
     step: int
     state: dict[str, Tensor]
     config_sha256: str
+    identity: str
     axes: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
@@ -43,23 +100,28 @@ class Start:
         Raises:
             CheckpointError: If there is no such checkpoint, or it is damaged.
         """
-        run, at, step = source.rpartition("@")
-        if not at or not step.isdigit():
-            run, step = source, ""
+        found = re.fullmatch(r"(.*)@([0-9]{1,18})", source, re.DOTALL)
+        run, step = (found[1], found[2]) if found else (source, "")
         folder = Path(run) / "checkpoints"
         path = folder / (f"step={int(step)}.ckpt" if step else "last.ckpt")
         if not path.is_file():
-            steps = sorted(int(name) for file in folder.glob("step=*.ckpt") if (name := file.stem[5:]).isdigit())
+            names = [re.fullmatch(r"step=([0-9]{1,18})\.ckpt", file.name) for file in folder.glob("step=*.ckpt")]
+            steps = sorted(int(name[1]) for name in names if name)
             known = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
+            if "@" in source and not found:
+                known += "; a step is a whole number, RUN@2000"
             raise CheckpointError(f"init_from = {source}: no checkpoint at {path}; {known}")
         try:
             checkpoint = read_checkpoint(path)
         except CheckpointError as error:
             raise CheckpointError(f"init_from = {source}: {error}") from None
         config = checkpoint.get("dlnlab_config")
+        if not {"global_step", "state_dict"} <= checkpoint.keys() or not isinstance(config, dict | None):
+            raise CheckpointError(f"init_from = {source}: {path} is no checkpoint of a fit")
+        identity = identity_of(config, Origin.of_checkpoint(checkpoint))
         ensemble = Ensemble(**((config or {}).get("ensemble") or {}))
         axes = (checkpoint.get("dlnlab_source_axes") or {}) | _axes_of(ensemble)
-        return cls(run, checkpoint["global_step"], checkpoint["state_dict"], _sha256(config), axes)
+        return cls(run, checkpoint["global_step"], checkpoint["state_dict"], _sha256(config), identity, axes)
 
     @classmethod
     def at(
@@ -68,6 +130,7 @@ class Start:
         step: int,
         module: LightningModule,
         config: dict[str, Any] | None,
+        identity: str,
         source_axes: dict[str, list[Any]],
     ) -> "Start":
         """Where a run in this process stands, as its checkpoint would say.
@@ -77,10 +140,11 @@ class Start:
             step: Its optimizer step.
             module: Its module.
             config: Its resolved config.
+            identity: What tells it from other runs.
             source_axes: The axes of the run that it has started from itself.
         """
         axes = source_axes | (_axes_of(module.ensemble) if isinstance(module, LinearNetwork) else {})
-        return cls(run, step, module.state_dict(), _sha256(config), axes)
+        return cls(run, step, module.state_dict(), _sha256(config), identity, axes)
 
     @property
     def source(self) -> str:
@@ -139,5 +203,5 @@ def _axes_of(ensemble: Ensemble) -> dict[str, list[Any]]:
     return {name: ensemble.values(name) for name in ensemble.axes}
 
 
-def _sha256(config: dict[str, Any] | None) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -16,11 +16,13 @@ import xarray as xr
 from dlnlab import checks, config
 from dlnlab.checkpoint import CheckpointError
 from dlnlab.fitting import Interrupted, Run, quiet, without_noise
-from dlnlab.messages import Mistake, about, explain, needs_no_traceback
+from dlnlab.figures import Figure
+from dlnlab.messages import Mistake, about, explain, known, needs_no_traceback
 from dlnlab.models.trainer import own_process
-from dlnlab.start import Start
+from dlnlab.start import Origin, Start
 
 MAIN = "main"
+PRINT = "--print_config"
 _FOLDER = "variants"
 _RESERVED = (MAIN, "self", "dataset", "directory")
 """No variants' names: figures have arguments called so."""
@@ -36,10 +38,13 @@ def main(argv: list[str]) -> int:
     """Carry out fit, validate, test or predict; see `dlnlab.cli.main` for the exit codes."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the tensors here are small: more threads wait for each other
-    command = argv[0]
+    command, printing = argv[0], PRINT in argv
     try:
         with quiet():
-            study = Study(argv)
+            study = Study([word for word in argv if word != PRINT])
+            if printing:
+                print(study.record(), end="")
+                sys.exit(0)  # as --help does
             study.check()
     except Exception as error:  # whatever it is, nothing was made yet, and there is nothing to save
         if "DLNLAB_TRACEBACK" in os.environ:
@@ -106,6 +111,17 @@ class Study:
             raise ValueError("init_from: give it or `after`, not both")
         return run
 
+    def record(self) -> str:
+        """What config.yaml of the run would hold; nothing is set up for it but what names the start.
+
+        Raises:
+            CheckpointError: If there is no such run to start from.
+        """
+        given = self.main.config[self.main.subcommand].init_from
+        if given is not None and self.main.subcommand == "fit":
+            self.main.resolved["init_from"] = Start.read(given).source
+        return self.main.record
+
     # Checking ---------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -122,33 +138,40 @@ class Study:
                     last = self._folder(self.main.directory_of_checkpoint(), name) / "checkpoints" / "last.ckpt"
                     run.ckpt_path = str(last) if last.exists() else None
                 run.check()
-        for name, source in self.after.items():
-            with _inside(name):
-                self._check_source(name, source)
+        for name in self.runs:
+            if name != MAIN:
+                with _inside(name):
+                    self._check_source(name, self.after[name])
         if self.after:
             for figure in self.main.figures:
                 with about("figures", type(figure)):
                     _refuse_what_draws_no_variants(figure, self.after)
+        for name, run in self.runs.items() if self.main.subcommand == "fit" else ():
+            for figure in run.figures:
+                with contextlib.nullcontext() if name == MAIN else _inside(name), about("figures", type(figure)):
+                    _refuse_unwritten(figure)
         if self.main.subcommand == "fit" and self.write:
             self._claim()
 
     def _check_source(self, name: str, source: str | None) -> None:
-        run = self.runs[name]
+        """Refuse a variant that cannot start from its source, or has started from another one before a resume."""
+        run, recorded = self.runs[name], self.runs[name].resolved["init_from"]
         if source is not None:
             self._stand(source).check(run.model, f"after = {source}")
         if run.checkpoint is None:
+            if source is not None:
+                run.origin = Origin(self.runs[source].identity)
             return
-        recorded = run.resolved["init_from"]
         if source is None:
             changed = recorded is not None and run.config.fit.init_from is None
         else:
-            directory = self.main.directory_of_checkpoint()
-            expected = self._folder(directory, source).resolve().name
-            changed = Path(str(recorded).rpartition("@")[0]).name != expected
+            directory = self._folder(self.main.directory_of_checkpoint(), source)
+            changed = not run.origin.may_be(self.runs[source].identity, directory)
         if changed:
+            now = "" if source is None else f", which is not what {source} is now"
             raise CheckpointError(
-                f"after = {source}: the run of {run.ckpt_path} has started from {recorded or 'its own parameters'}; "
-                "a resume must not change it (start a new run instead)"
+                f"after = {source}: the run of {run.ckpt_path} has started from {recorded or 'its own parameters'}{now}; a "
+                "resume must not change it (start a new run instead)"
             )
 
     def _claim(self) -> None:
@@ -172,7 +195,7 @@ class Study:
         """Where a run stands now."""
         run = self.runs[name]
         directory, source_axes = str(run.directory or name), run.recorder.source_axes
-        return Start.at(directory, run.trainer.global_step, run.model, run.resolved, source_axes)
+        return Start.at(directory, run.trainer.global_step, run.model, run.resolved, run.identity, source_axes)
 
     # Carrying out -----------------------------------------------------------------------------------------------------
 
@@ -198,13 +221,13 @@ class Study:
                     run.draw()
             self.now = self.main
             if self.main.subcommand == "fit":
-                self.main.draw(**{name: self.runs[name].results() for name in self.after})
+                self.main.draw({name: self.runs[name] for name in self.after})
 
     def _begin(self, name: str) -> None:
         """Point a variant at its start and its directory."""
         run, source = self.runs[name], self.after[name]
         start = None if source is None else self._stand(source)
-        changed = start is not None and not str(run.resolved["init_from"]).endswith(f"@{start.step}")
+        changed = start is not None and not run.origin.is_at(start)
         if run.checkpoint is None or changed:
             if self.write and run.directory is None:
                 run.claim(self._folder(self.main.directory, name))
@@ -272,6 +295,7 @@ def _partials(given: Any) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{key}: must be a file name of letters, digits, '_', '-' and '.', and none of {', '.join(_RESERVED)}"
             )
+        checks.file_name("variants: name", name)
         if not isinstance(partial, dict):
             raise ValueError(
                 f"{key} = {checks.shown(partial)}: must be a mapping of what differs, {{ensemble: {{lr: 0.1}}}}"
@@ -279,6 +303,7 @@ def _partials(given: Any) -> dict[str, dict[str, Any]]:
         for unwanted, why in _NOT_OF_A_VARIANT.items():
             if unwanted in partial:
                 raise ValueError(f"{key}.{unwanted}: {why}")
+    checks.different_names("variants", given)
     return {name: dict(partial) for name, partial in given.items()}
 
 
@@ -300,6 +325,13 @@ def _order(after: dict[str, str | None]) -> list[str]:
             )
         order.append(ready[0])
     return order
+
+
+def _refuse_unwritten(figure: Figure) -> None:
+    """Refuse what would fail only when the fit has ended."""
+    for method in ("draw", "table"):
+        if getattr(type(figure), method) is getattr(Figure, method):
+            raise ValueError(f"{type(figure).__name__} does not define `{method}`; {known('figures')}")
 
 
 def _refuse_what_draws_no_variants(figure: Any, names: Iterable[str]) -> None:

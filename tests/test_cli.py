@@ -79,6 +79,51 @@ def test_every_config_can_be_run_again_from_its_own_record(config, tmp_path, mon
         assert dlnlab.load_results(folder).equals(dlnlab.load_results(again / folder.relative_to(run)))
 
 
+def printed(capsys, *arguments):
+    """What `--print_config` prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main([*map(str, arguments), "--print_config"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", often(["configs/quickstart.yaml", "configs/pesme2021/sgd_vs_gf.yaml"]))
+def test_what_print_config_prints_comes_to_itself(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    Path("printed.yaml").write_text(printed(capsys, "fit", "--config", ROOT / config))
+    assert printed(capsys, "fit", "--config", "printed.yaml") == Path("printed.yaml").read_text()
+
+
+def test_print_config_prints_what_the_run_records_and_that_runs_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mini.yaml").write_text(
+        "ensemble: {batch_size: [1, full], init_scale: [0.1, 0.2], seed: 2}\nmodel: {class_path: DiagonalLinearNetwork}\n"
+        "data: {class_path: SparseRegression, init_args: {dim: 5, sparsity: 2}}\ntrainer: {max_steps: 20}\n"
+        "variants: {decayed: {after: main, ensemble: {weight_decay: [0, 0.01], seed: 4}}, more: {seed: 1}}\n"
+    )
+    Path("other.yaml").write_text("ensemble: {batch_size: [2, full], lr: [0.1, 0.2], seed: 2}\nseed: 3\n")
+    layers = ["--config", "mini.yaml", "--config", "other.yaml", "--ensemble.seed", "2", "--model.init_scale", "0.3"]
+    source = None
+    for arguments in (layers, [*layers, "--init_from", "FIRST"]):
+        arguments = [str(source) if word == "FIRST" else word for word in arguments]
+        said = printed(capsys, "fit", *arguments)
+        assert main(["fit", *arguments]) == 0
+        run = run_directory(capsys.readouterr().out)
+        assert (run / "config.yaml").read_text() == said
+        Path("printed.yaml").write_text(said)
+        assert main(["fit", "--config", "printed.yaml"]) == 0
+        again = run_directory(capsys.readouterr().out)
+        for folder in (".", "variants/decayed", "variants/more"):
+            assert dlnlab.load_results(run / folder).equals(dlnlab.load_results(again / folder))
+        source = source or run
+    for command in ("validate", "test", "predict"):
+        Path("printed.yaml").write_text(printed(capsys, command, *layers))
+        assert printed(capsys, command, "--config", "printed.yaml") == Path("printed.yaml").read_text()
+        assert main([command, "--config", "printed.yaml", "--ckpt_path", str(source / "checkpoints/last.ckpt")]) == 0
+    assert main(["fit", *layers, "--print_config=skip_default"]) == 2
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_opens_with_its_question_and_its_source(config):
     question, *paragraphs = gallery.header(config.removeprefix("configs/").removesuffix(".yaml"))

@@ -388,3 +388,73 @@ def test_keywords_are_axes_of_the_variants_that_have_them():
     assert sizes["main"] == sizes["same"]
     assert (sizes["main"]["lr"], sizes["main"]["init_scale"]) == (1, 2)
     assert sizes["adam"] == {"seed": 3, "step": 41}
+
+
+# Wherever it lies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """A short study: two variants, one after the other."""
+    own = {"ensemble": {"lr": [0.01, 0.02], "seed": 2}}
+    after = {"slow": {"after": "main", **own}, "last": {"after": "slow", **own}}
+    return {**CONFIG, "ensemble": {"lr": [0.05, 0.1], "seed": 2}, "variants": after}
+
+
+def studies_equal(one, other):
+    folders = (".", "variants/slow", "variants/last")
+    return all(dlnlab.load_results(one / name).equals(dlnlab.load_results(other / name)) for name in folders)
+
+
+def test_a_study_that_was_renamed_moved_or_copied_is_resumed_and_extended(chain, fit, tmp_path):
+    whole = fit(chain, "--trainer.max_steps", 60)
+    study = fit(chain)
+    shutil.copytree(study, tmp_path / "elsewhere" / "version_7")
+    study.rename(tmp_path / "slow")  # as one of its variants is called
+    # From the config, and from the run's own record of it.
+    for place, again in (("elsewhere/version_7", []), ("slow", ["--config", "slow/config.yaml"])):
+        last = ["--ckpt_path", f"{place}/checkpoints/last.ckpt"]
+        assert fit(chain, *again, *last, "--trainer.log_every_n_steps", 7, "--name", "other") == tmp_path / place
+        assert (tmp_path / place / "variants/last/checkpoints/step=40.ckpt").exists()
+        fit(chain, *again, *last, "--trainer.max_steps", 60)
+        assert studies_equal(tmp_path / place, whole)
+
+
+def test_a_source_that_is_another_run_now_is_noticed_whatever_it_is_called(chain, fit, tmp_path):
+    study = fit(chain)
+    other = fit({**chain, "ensemble": {"lr": [0.05, 0.11], "seed": 2}, "variants": {}})
+    for folder in ("results", "checkpoints"):  # retrained with another step size, in the place of the first
+        shutil.rmtree(study / folder)
+        shutil.copytree(other / folder, study / folder)
+    changed = {**chain, "ensemble": {"lr": [0.05, 0.11], "seed": 2}}
+    message = fit(changed, "--ckpt_path", study.relative_to(tmp_path) / LAST.relative_to(RUN), code=2)
+    assert "variants.slow.after = main: the run of" in message
+    assert "which is not what main is now" in message
+
+
+def test_checkpoints_from_before_there_were_identities_go_on_where_they_lay(chain, fit, tmp_path):
+    study = fit(chain)
+    whole = tmp_path / "whole"
+    shutil.copytree(study, whole)
+    for path in study.rglob("*.ckpt"):
+        found = AtomicCheckpointIO().load_checkpoint(path)
+        assert found.pop("dlnlab_origin") is not None
+        AtomicCheckpointIO().save_checkpoint(found, path)
+    for _ in range(2):  # the second time what a resume has written
+        fit(chain, "--ckpt_path", study / "checkpoints" / "step=20.ckpt")
+        assert studies_equal(study, whole)
+    message = fit({**chain, "variants": {**chain["variants"], "last": {"after": "main"}}},
+                  "--ckpt_path", study / LAST.relative_to(RUN), code=2)  # fmt: skip
+    assert "variants.last.after = main: the run of" in message
+
+
+def test_a_run_whose_source_was_moved_is_resumed_under_either_name(chain, fit, tmp_path):
+    source = fit({**chain, "variants": {}})
+    run = fit({**chain, "variants": {}}, "--init_from", source.relative_to(tmp_path), "--name", "second")
+    source.rename(tmp_path / "moved")
+    last = ["--ckpt_path", run / LAST.relative_to(RUN)]
+    for given in (source.relative_to(tmp_path), f"{source.relative_to(tmp_path)}@40", "moved", "moved@40"):
+        assert fit({**chain, "variants": {}}, "--init_from", given, *last) == run
+    for given in ("moved@20", run):
+        message = fit({**chain, "variants": {}}, "--init_from", given, *last, code=2)
+        assert "a resume must not change it" in message

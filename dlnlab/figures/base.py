@@ -38,6 +38,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from dlnlab import checks
 from dlnlab.figures.words import words
 from dlnlab.files import write_atomic
 
@@ -78,8 +79,7 @@ class Figure:
 
     def __init__(self, name: str | None = None) -> None:
         self.name = _snake_case(type(self).__name__) if name is None else name
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(f"figures: name = {name!r}: must be a file name of letters, digits, '_', '-' and '.'")
+        checks.file_name("figures: name", self.name)
 
     def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """Draw what was recorded.

@@ -31,8 +31,11 @@ def checked_schedules(schedules: Any) -> dict[str, dict[str, StepSchedule]]:
     if not isinstance(schedules, dict):
         raise ValueError(f"schedules = {checks.shown(schedules)}: must be a mapping of names to {forms}")
     for name, of in schedules.items():
-        if not isinstance(name, str) or name in ("", CONSTANT):
-            raise ValueError(f"schedules.{name}: a schedule's name is a text, and {CONSTANT!r} is taken")
+        if name == CONSTANT:
+            raise ValueError(
+                f"schedules.{name}: {CONSTANT!r} is what a member without a schedule has; give another name"
+            )
+        checks.file_name("schedules: name", name)
         if not isinstance(of, dict) or not of:
             raise ValueError(f"schedules.{name} = {checks.shown(of)}: must be {forms}")
         for quantity, schedule in of.items():
