@@ -328,8 +328,8 @@ class Run(LightningCLI):
                 path = PurePath(callback.filename or "")
                 if path.is_absolute() or ".." in path.parts:
                     raise ValueError(
-                        f"trainer.callbacks: {type(callback).__name__}.filename = {checks.shown(callback.filename)}: must be "
-                        "a name in the folder of checkpoints; give another folder as dirpath"
+                        f"trainer.callbacks: {type(callback).__name__}.filename = {checks.shown(callback.filename)}: must "
+                        "be a name in the folder of checkpoints; give another folder as dirpath"
                     )
             if isinstance(callback, Measurement):
                 with about("trainer.callbacks", type(callback)):

@@ -15,8 +15,8 @@ import xarray as xr
 
 from dlnlab import checks, config
 from dlnlab.checkpoint import CheckpointError
-from dlnlab.fitting import Interrupted, Run, quiet, without_noise
 from dlnlab.figures import Figure
+from dlnlab.fitting import Interrupted, Run, quiet, without_noise
 from dlnlab.messages import Mistake, about, explain, known, needs_no_traceback
 from dlnlab.models.trainer import own_process
 from dlnlab.start import Origin, Start
