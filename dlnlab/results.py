@@ -304,8 +304,8 @@ def _no_segment(part: Mapping[str, np.ndarray], members: int) -> str | None:
             if values.dtype.kind != "i" or values.ndim != 1 or name.removesuffix(_STEPS) not in part:
                 return f"{name} must be a list of whole numbers that belongs to a variable"
             continue
-        if values.dtype.kind not in "biufU":
-            return f"{name} must hold numbers or text, and has {values.dtype}"
+        if values.dtype.kind not in ("biuf" if name + _STEPS in part else "biufU"):  # why a member diverged is text
+            return f"{name} must hold numbers, and has {values.dtype}"
         steps = part.get(name + _STEPS)
         expected = (members,) if steps is None else (len(steps), members)
         found = values.shape if steps is None else values.shape[:2]
