@@ -108,8 +108,8 @@ class LinearNetwork(LightningModule):
 
     Args:
         ensemble: The members; None is a single one.
-        optimizer: Makes the optimizer from parameter groups; `lr` and `weight_decay` come from the ensemble where it
-            has such axes.
+        optimizer: Makes the optimizer from parameter groups. `lr`, `weight_decay` and whatever else its class names in
+            `axes` may be axes of the ensemble; it is then given their values, a tensor (E,) where members differ.
         batch_size: b, rows per step, or `full` (the whole set, without sampling). May be an axis.
         sampling: How mini-batches are drawn: `replacement`, `subset` (distinct rows, afresh each step) or `epochs` (a
             fresh permutation every floor(n/b) steps). May be an axis.
@@ -562,12 +562,12 @@ class LinearNetwork(LightningModule):
         self.stopped_at.fill_(-1)
         self._at, self._elapsed = 0, np.zeros_like(self._elapsed)
         self._arrive(0)
-        self._look_at_pairs()
+        self._probe_pairs()
 
-    def _look_at_pairs(self) -> None:
-        """Find the members whose loss is no function of the product of their factors, before a gain is recorded.
+    def _probe_pairs(self) -> None:
+        """Mark the members whose loss is no function of the product of their factors, before a gain is recorded.
 
-        The gradients near the start tell, where no factor is zero and no two are equal. The closed forms need no look.
+        The gradients are probed near the start, where no factor is zero and no two are equal. A closed form needs no probe.
         """
         optimizer, self._gain_refusal = self._optimizer, None
         pairs = optimizer.pairs if isinstance(optimizer, GainSGD | GradientFlow) else []
@@ -590,7 +590,7 @@ class LinearNetwork(LightningModule):
                     # A flow has no step size: then a step as long as the factors themselves.
                     lr = group["lr"] if "lr" in group else _largest(group["params"]) / _largest(gradients)
                     optimizer.gradient(group, lr)
-        except Exception:
+        except Exception:  # a person's own losses may need what is there only during a fit; the steps are checked too
             return
         finally:
             optimizer.zero_grad()

@@ -218,7 +218,19 @@ def check_numbers(name: str, given: Any, low: float, positive: bool = False) -> 
 
 
 def per_member(value: Any, parameter: Tensor) -> Tensor:
-    """A hyperparameter of each member (or of all), broadcastable with a parameter."""
+    """A hyperparameter in the shape that an update of a parameter needs.
+
+    Args:
+        value: A number for all members, or one per member, (E,).
+        parameter: A parameter, (E, ...).
+
+    Returns:
+        The value in the parameter's dtype and on its device, with as many trailing axes as it takes to broadcast.
+
+    Example:
+        >>> per_member([0.1, 0.2], torch.ones(2, 3)).shape
+        torch.Size([2, 1])
+    """
     value = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
     return value if value.ndim == 0 else value.view(-1, *[1] * (parameter.ndim - 1))
 
