@@ -45,7 +45,7 @@ def test_an_optimizer_of_ones_own_has_axes_of_its_own(in_examples):
     problems.ensemble = dlnlab.Ensemble()
     problems.setup("fit")
     for lr, momentum in itertools.product([0.02, 0.05], [0.0, 0.5, 0.9]):
-        w = [torch.nn.Parameter(torch.full((4,), 0.1).double()) for _ in range(2)]
+        w = [torch.nn.Parameter(torch.full((4,), 0.1, dtype=torch.float64)) for _ in range(2)]
         sgd = torch.optim.SGD(w, lr=lr, momentum=momentum)
         for _ in range(60):
             sgd.zero_grad()

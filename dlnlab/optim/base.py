@@ -98,14 +98,16 @@ class PairOptimizer(Optimizer):
         (u, v), squares = group["params"], group["form"] == "squares"
         grad_u, grad_v = (torch.zeros_like(p) if p.grad is None else p.grad for p in (u, v))
         largest = torch.maximum(u.abs(), v.abs())
-        safe = torch.where(largest == 0, 1, largest)  # divided out, so that u^2 + v^2 cannot underflow
+        zero = largest == 0
+        safe = torch.where(zero, 1, largest)  # divided out, so that u^2 + v^2 cannot underflow
         a, b = u / safe, v / safe
         apart, crossed = grad_u * a - grad_v * b, grad_u * b + grad_v * a
         along, across = (apart, crossed) if squares else (crossed, apart)
-        size, lr = grad_u.abs() + grad_v.abs(), per_member(lr, u)
-        across = torch.where(largest == 0, size, across.abs())  # factors that are both zero have no gradient
         limits = torch.finfo(u.dtype)
-        off = lr * across > _ROUNDINGS.get(limits.bits, 16) * limits.eps * (largest + lr * size)
+        rounding = (largest / per_member(lr, u)).add_(along.abs()).mul_(_ROUNDINGS.get(limits.bits, 16) * limits.eps)
+        off = across.abs_() > rounding
+        if bool(zero.any()):  # such factors have no gradient
+            off |= zero & ((grad_u != 0) | (grad_v != 0))
         if bool(off.any()):
             self.undefine(group, off)
         return along / (safe * (a * a + b * b).clamp(min=0.5))

@@ -603,7 +603,7 @@ def test_members_whose_loss_is_no_function_of_the_product_descend_without_a_gain
         trainer.fit(model, oracles.GivenData(*arrays))
     for member, strength in enumerate(strengths):
         x, y = (torch.as_tensor(part[0]) for part in arrays[:2])
-        pair = [Parameter(torch.full((3,), 0.1).double()) for _ in range(2)]
+        pair = [Parameter(torch.full((3,), 0.1, dtype=torch.float64)) for _ in range(2)]
         sgd = torch.optim.SGD(pair, lr=0.2)
         for _ in range(60):
             sgd.zero_grad()
@@ -634,7 +634,7 @@ def test_what_no_member_has_is_refused_before_a_fit_and_looking_changes_nothing(
     message = "effective_init is not defined here: the loss of Penalised is no function of the product of its factors"
     with pytest.raises(ValueError, match=message):
         fit(model, oracles.GivenData(*problems()), 5, callbacks)
-    assert torch.equal(model.w_plus.detach(), torch.full((1, 3), 0.1).double())
+    assert torch.equal(model.w_plus.detach(), torch.full((1, 3), 0.1, dtype=torch.float64))
     assert all(parameter.grad is None for parameter in model.parameters())
     model, callbacks = build(["imbalance"])
     fit(model, oracles.GivenData(*problems()), 5, callbacks)
