@@ -133,6 +133,36 @@ def test_a_measurement_states_one_value_per_member_and_changes_nothing(measureme
     assert [0, 3, 7, 20] in found or [3, 7, 20] in found
 
 
+OF_A_LAW = [measurement for measurement in MEASUREMENTS if measurement.of_squared_loss or measurement.of_product]
+OTHERS = {"losses": lambda network, batch: 3 * super(type(network), network).losses(batch).cosh(),
+          "predictor": lambda network: 2 * super(type(network), network).predictor()}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OTHERS)
+@pytest.mark.parametrize("measurement", OF_A_LAW, ids=lambda c: c.__name__)
+def test_a_formula_of_one_loss_or_network_is_refused_to_another_unless_that_says_it_is_the_same(measurement, own):
+    network = MEASURED.get(measurement, models.DiagonalLinearNetwork)
+    other = type("Other", (network,), {own: OTHERS[own]})
+    about = "of_squared_loss" if own == "losses" else "of_product"
+    if getattr(measurement, about):
+        with pytest.raises(ValueError, match=f"Other has its own {own}"):
+            fit(other(ensemble=dlnlab.Ensemble(lr=[0.05])), 3, measurement(at=[0]))
+    says = {"squared_loss_refusal": lambda network: None, "product_refusal": lambda network: None}
+    same = type("Same", (network,), {own: OTHERS[own], **says})
+    fit(same(ensemble=dlnlab.Ensemble(lr=[0.05])), 1, measurement(at=[0]))
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [*NETWORKS, *roster(data, SyntheticData), *MEASUREMENTS, *roster(figures, Figure)],
+    ids=lambda c: c.__name__,
+)
+def test_no_argument_takes_a_methods_place(thing):
+    made = thing()
+    hidden = [name for name in vars(made) if callable(getattr(type(made), name, None))]
+    assert hidden == []
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda c: c.__name__)
 def test_a_schedule_says_of_a_step_what_it_says_of_it_alone(schedule):
     steps = np.array([0, 1, 7, 999, 1000, 1001, 10**9])

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import runpy
@@ -6,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dlnlab
 from dlnlab.cli import main
+from dlnlab.data import SparseRegression
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -27,6 +30,43 @@ def in_examples(tmp_path, monkeypatch):
 
 def results_of(capsys):
     return dlnlab.load_results(capsys.readouterr().out.splitlines()[-1].removeprefix("run: "))
+
+
+def test_an_optimizer_of_ones_own_has_axes_of_its_own(in_examples):
+    optimizer = {"class_path": "my_optimizer.HeavyBall"}
+    config = {
+        "model": {"class_path": "DiagonalLinearNetwork", "init_args": {"optimizer": optimizer}},
+        "data": {"class_path": "SparseRegression", "init_args": {"num_samples": 6, "dim": 4, "sparsity": 2}},
+        "record": {"variables": ["beta", "train_loss"]},
+        "trainer": {"max_steps": 60},
+    }
+    results = dlnlab.run(config, lr=[0.02, 0.05], momentum=[0.0, 0.5, 0.9])
+    problems = SparseRegression(6, 4, 2)
+    problems.ensemble = dlnlab.Ensemble()
+    problems.setup("fit")
+    for lr, momentum in itertools.product([0.02, 0.05], [0.0, 0.5, 0.9]):
+        w = [torch.nn.Parameter(torch.full((4,), 0.1, dtype=torch.float64)) for _ in range(2)]
+        sgd = torch.optim.SGD(w, lr=lr, momentum=momentum)
+        for _ in range(60):
+            sgd.zero_grad()
+            beta = (w[0] ** 2 - w[1] ** 2) / 2
+            ((problems.problems.x[0] @ beta - problems.problems.y[0]).square().mean() / 2).backward()
+            sgd.step()
+        found = results.beta.sel(lr=lr, momentum=momentum).isel(step=-1)
+        np.testing.assert_allclose(found, ((w[0] ** 2 - w[1] ** 2) / 2).detach(), rtol=1e-12)  # 60 roundings
+    for wrong, message in (
+        ({"momentun": [0.1]}, r"ensemble\.momentun: no such axis; the axes here are .*momentum"),
+        ({"momentum": [[0.1], [0.2]]}, r"ensemble\.momentum = .*: must be numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dlnlab.run(config, **wrong)
+    optimizer["init_args"] = {"momentum": 0.5}
+    config["ensemble"] = {"momentum": [0.1, 0.2]}
+    with pytest.raises(ValueError, match=r"momentum = 0\.5: momentum is also an axis of the ensemble"):
+        dlnlab.run(config)
+    optimizer.update(class_path="torch.optim.SGD", init_args={"lr": 0.1})
+    with pytest.raises(ValueError, match=r"ensemble\.momentum: .*takes one momentum for all members"):
+        dlnlab.run(config)
 
 
 def test_a_network_of_ones_own_trains_as_an_ensemble_through_the_generic_path(in_examples, capsys):

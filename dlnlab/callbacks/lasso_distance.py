@@ -8,6 +8,7 @@ from torch import Tensor
 from dlnlab import checks, theory
 from dlnlab.callbacks.base import Measurement
 from dlnlab.models import LinearNetwork
+from dlnlab.optim import GainSGD
 
 
 class LassoDistance(Measurement):
@@ -52,9 +53,12 @@ class LassoDistance(Measurement):
         self._sum, self._looks, self._looked_at = torch.zeros(()), 0, -1
 
     def check(self, model: Any) -> None:
-        """Raise ValueError where there is no label noise."""
+        """Raise ValueError for another network, or an optimizer under whose steps factors shrink at another rate."""
         if not isinstance(model, LinearNetwork) or model.problems.y.ndim != 2:
             raise ValueError(f"LassoDistance: {type(model).__name__} is no linear network of one output")
+        if not isinstance(model._optimizer, GainSGD):
+            kind = type(model._optimizer).__name__
+            raise ValueError(f"LassoDistance: its law is of GainSGD's steps, not of {kind}'s")
 
     def measure(self, model: LinearNetwork, batch: Any) -> dict[str, Tensor]:
         """The error and, with a teacher, the two distances, (E,)."""

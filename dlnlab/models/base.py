@@ -36,7 +36,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -122,8 +122,8 @@ class LinearNetwork(LightningModule):
 
     Args:
         ensemble: The members; None is a single one.
-        optimizer: Makes the optimizer from parameter groups; `lr` and `weight_decay` come from the ensemble where it
-            has such axes.
+        optimizer: Makes the optimizer from parameter groups. `lr`, `weight_decay` and whatever else its class names in
+            `axes` may be axes of the ensemble; it is then given their values, a tensor (E,) where members differ.
         batch_size: b, rows per step, or `full` (the whole set, without sampling). May be an axis.
         sampling: How mini-batches are drawn: `replacement`, `subset` (distinct rows, afresh each step) or `epochs` (a
             fresh permutation every floor(n/b) steps). May be an axis.
@@ -488,34 +488,23 @@ class LinearNetwork(LightningModule):
         Args:
             known: The axes that are not the optimizer's, for the message about one that is nobody's.
         """
-        given: dict[str, Any] = {}
+        given: dict[str, Tensor | None] = {}
         for name in self.ensemble.axes:
             if name in ("lr", "weight_decay", *self._optimizer_axes):
-                try:
-                    given[name] = torch.tensor(self.ensemble.values(name), dtype=torch.float64, device=self.device)
-                except (TypeError, ValueError):
-                    given[name] = None
-        numbers = {name: value for name, value in given.items() if value is not None and value.ndim == 1}
+                with suppress(TypeError, ValueError):
+                    values = torch.tensor(self.ensemble.values(name), dtype=torch.float64, device=self.device)
+                    given[name] = values if values.ndim == 1 else None
+                given.setdefault(name)
+        numbers = {name: values for name, values in given.items() if values is not None}
+        refusal = None
         try:
             # Where a factory is a partial of a class, its own `lr` is the one in force.
             optimizer = self.make_optimizer(self.parameter_groups(), **_plain_if_equal(numbers))
-        except TypeError as error:
-            unknown = [name for name in given if f"unexpected keyword argument {name!r}" in str(error)]
-            if not unknown:
+        except (TypeError, ValueError, RuntimeError) as error:
+            if (refusal := self._refusal_of_axes(given, known, str(error))) is None:
                 raise
-            if unknown[0] in self._optimizer_axes:
-                raise ValueError(self._no_such_axis(unknown[0], known)) from error
-            raise ValueError(f"ensemble.{unknown[0]}: this optimizer takes no {unknown[0]}") from error
-        except (ValueError, RuntimeError) as error:
-            # What torch says of a vector lr, and of any other vector that it compares with a number.
-            refusals = ("Tensor lr must be 1-element", "Boolean value of Tensor")
-            vectors = [name for name, value in numbers.items() if len(set(value.tolist())) > 1]
-            if vectors and any(refusal in str(error) for refusal in refusals):
-                other = "; use GainSGD, which takes one per member" if vectors[0] in GainSGD.axes else ""
-                raise ValueError(
-                    f"ensemble.{vectors[0]}: this optimizer takes one {vectors[0]} for all members{other}"
-                ) from error
-            raise
+        if refusal is not None:  # without what the class said of arguments that no person has given
+            raise ValueError(refusal)
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: must make a torch optimizer, got {checks.shown(optimizer)}")
         closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -530,6 +519,20 @@ class LinearNetwork(LightningModule):
             if name not in vectors and len(set(numbers[name].tolist())) > 1:
                 raise ValueError(f"ensemble.{name}: {type(optimizer).__name__} takes one {name} for all members")
         return optimizer
+
+    def _refusal_of_axes(self, given: dict[str, Tensor | None], known: Iterable[str], said: str) -> str | None:
+        """What an error of an optimizer's constructor means, if it is about an axis of the ensemble."""
+        for name, value in given.items():
+            if f"unexpected keyword argument {name!r}" in said:
+                if name in self._optimizer_axes:
+                    return self._no_such_axis(name, known)
+                return f"ensemble.{name}: this optimizer takes no {name}"
+            # What torch says of a vector lr, and of any other vector that it compares with a number.
+            refused = any(words in said for words in ("Tensor lr must be 1-element", "Boolean value of Tensor"))
+            if refused and value is not None and len(set(value.tolist())) > 1:
+                other = "; use GainSGD, which takes one per member" if name in GainSGD.axes else ""
+                return f"ensemble.{name}: this optimizer takes one {name} for all members{other}"
+        return None
 
     def _no_such_axis(self, name: str, known: Iterable[str]) -> str:
         factory = self.make_optimizer
@@ -589,12 +592,12 @@ class LinearNetwork(LightningModule):
         self.diverged_by.zero_()
         self._at, self._elapsed = 0, np.zeros_like(self._elapsed)
         self._arrive(0)
-        self._look_at_pairs()
+        self._probe_pairs()
 
-    def _look_at_pairs(self) -> None:
-        """Find the members whose loss is no function of the product of their factors, before a gain is recorded.
+    def _probe_pairs(self) -> None:
+        """Mark the members whose loss is no function of the product of their factors, before a gain is recorded.
 
-        The gradients near the start tell, where no factor is zero and no two are equal. The closed forms need no look.
+        The gradients are probed near the start, where no factor is zero and no two are equal. A closed form needs no probe.
         """
         optimizer, self._gain_refusal = self._optimizer, None
         pairs = optimizer.pairs if isinstance(optimizer, GainSGD | GradientFlow) else []
@@ -617,7 +620,7 @@ class LinearNetwork(LightningModule):
                     # A flow has no step size: then a step as long as the factors themselves.
                     lr = group["lr"] if "lr" in group else _largest(group["params"]) / _largest(gradients)
                     optimizer.gradient(group, lr)
-        except Exception:
+        except Exception:  # a person's own losses may need what is there only during a fit; the steps are checked too
             return
         finally:
             optimizer.zero_grad()

@@ -98,14 +98,16 @@ class PairOptimizer(Optimizer):
         (u, v), squares = group["params"], group["form"] == "squares"
         grad_u, grad_v = (torch.zeros_like(p) if p.grad is None else p.grad for p in (u, v))
         largest = torch.maximum(u.abs(), v.abs())
-        safe = torch.where(largest == 0, 1, largest)  # divided out, so that u^2 + v^2 cannot underflow
+        zero = largest == 0
+        safe = torch.where(zero, 1, largest)  # divided out, so that u^2 + v^2 cannot underflow
         a, b = u / safe, v / safe
         apart, crossed = grad_u * a - grad_v * b, grad_u * b + grad_v * a
         along, across = (apart, crossed) if squares else (crossed, apart)
-        size, lr = grad_u.abs() + grad_v.abs(), per_member(lr, u)
-        across = torch.where(largest == 0, size, across.abs())  # factors that are both zero have no gradient
         limits = torch.finfo(u.dtype)
-        off = lr * across > _ROUNDINGS.get(limits.bits, 16) * limits.eps * (largest + lr * size)
+        rounding = (largest / per_member(lr, u)).add_(along.abs()).mul_(_ROUNDINGS.get(limits.bits, 16) * limits.eps)
+        off = across.abs_() > rounding
+        if bool(zero.any()):  # such factors have no gradient
+            off |= zero & ((grad_u != 0) | (grad_v != 0))
         if bool(off.any()):
             self.undefine(group, off)
         return along / (safe * (a * a + b * b).clamp(min=0.5))
@@ -218,7 +220,19 @@ def check_numbers(name: str, given: Any, low: float, positive: bool = False) -> 
 
 
 def per_member(value: Any, parameter: Tensor) -> Tensor:
-    """A hyperparameter of each member (or of all), broadcastable with a parameter."""
+    """A hyperparameter in the shape that an update of a parameter needs.
+
+    Args:
+        value: A number for all members, or one per member, (E,).
+        parameter: A parameter, (E, ...).
+
+    Returns:
+        The value in the parameter's dtype and on its device, with as many trailing axes as it takes to broadcast.
+
+    Example:
+        >>> per_member([0.1, 0.2], torch.ones(2, 3)).shape
+        torch.Size([2, 1])
+    """
     value = torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device)
     return value if value.ndim == 0 else value.view(-1, *[1] * (parameter.ndim - 1))
 

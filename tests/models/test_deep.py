@@ -145,6 +145,7 @@ def test_the_loss_is_what_reduction_and_half_say(deep, reduction, half, scale):
         places, y = model.problems.x[m], model.problems.y[m]
         found = scale * (model.predictor()[m][places[:, 0], places[:, 1]] - y).square().sum()
         torch.testing.assert_close(model.full_losses()[m], found)
+    assert {parameter.dtype for parameter in model.half().parameters()} == {torch.float16}
 
 
 def test_distance_is_the_mean_square_over_the_entries_not_observed(deep):

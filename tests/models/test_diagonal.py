@@ -1,4 +1,6 @@
 import math
+import warnings
+from functools import partial
 
 import numpy as np
 import oracles
@@ -6,15 +8,18 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from torch.nn import Parameter
 
 from dlnlab import Ensemble, theory
-from dlnlab.callbacks import MemberGuard
+from dlnlab.callbacks import MemberGuard, Recorder
 from dlnlab.models import DiagonalLinearNetwork, LinearNetwork
-from dlnlab.optim import GainSGD
+from dlnlab.models.base import INVARIANTS
+from dlnlab.optim import GainSGD, GradientFlow
 
 RUNNING, CONVERGED, DIVERGED = range(3)
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 GRID = {"batch_size": [1, 3, "full"], "sampling": ["replacement", "subset", "epochs"]}
 
 
@@ -572,6 +577,86 @@ def test_a_subclass_with_a_law_of_its_own_leaves_the_closed_form(fit):
     plain, _ = train(fit, DiagonalLinearNetwork, (2 * arrays[0], arrays[1], None), 30, {"lr": [0.05]})
     assert model.path == "generic (autograd): Doubled has its own predictor"
     np.testing.assert_allclose(model.w_plus.detach(), plain.w_plus.detach(), atol=1e-13)  # 2 <beta, x> = <beta, 2 x>
+
+
+class Penalised(DiagonalLinearNetwork):
+    """A fourth power of w+ beside the loss, from some step on."""
+
+    axes = (*DiagonalLinearNetwork.axes, "strength")
+
+    def __init__(self, strength=0.1, since=0, **kwargs):
+        super().__init__(**kwargs)
+        self.strength, self.since = strength, since
+
+    def losses(self, batch):
+        on = self._optimizer.num_steps >= self.since
+        penalty = self.per_member_tensor("strength")[batch.members] * self.w_plus[batch.members].pow(4).sum(-1)
+        return super().losses(batch) + on * penalty
+
+
+def test_members_whose_loss_is_no_function_of_the_product_descend_without_a_gain(fit):
+    arrays, strengths = problems(noise=0.0), (0.0, 1e-3, 0.1)
+    recorder = Recorder(every_n_steps=20, variables=["gain", "effective_init", "imbalance"])
+    with pytest.warns(UserWarning, match=r"leading indices 1, 2\) are not of the form"), warnings.catch_warnings():
+        model = Penalised(ensemble=Ensemble(lr=[0.2], strength=strengths))
+        trainer = Trainer(max_steps=60, callbacks=[recorder], **QUIET)
+        trainer.fit(model, oracles.GivenData(*arrays))
+    for member, strength in enumerate(strengths):
+        x, y = (torch.as_tensor(part[0]) for part in arrays[:2])
+        pair = [Parameter(torch.full((3,), 0.1, dtype=torch.float64)) for _ in range(2)]
+        sgd = torch.optim.SGD(pair, lr=0.2)
+        for _ in range(60):
+            sgd.zero_grad()
+            beta = (pair[0] ** 2 - pair[1] ** 2) / 2
+            ((x @ beta - y).square().mean() / 2 + strength * pair[0].pow(4).sum()).backward()
+            sgd.step()
+        for found, right in zip((model.w_plus, model.w_minus), pair, strict=True):
+            np.testing.assert_allclose(found.detach()[member], right.detach(), rtol=1e-12)  # 60 roundings
+    results = recorder.dataset().isel(lr=0)
+    for name in ("gain", "effective_init", "imbalance_error", "mirror_error", "gain_sandwich_error"):
+        assert results[name].sel(strength=0.0).notnull().all() and results[name][1:].isnull().all(), name
+    assert results.imbalance.notnull().all()
+
+
+def test_a_loss_that_leaves_the_product_on_the_way_leaves_no_gain_behind(fit):
+    recorder = Recorder(every_n_steps=10, variables=["gain"])
+    with pytest.warns(UserWarning, match="no function of the pair's product"):
+        Trainer(max_steps=40, callbacks=[recorder], **QUIET).fit(Penalised(since=20), oracles.GivenData(*problems()))
+    assert recorder.dataset().gain.isnull().all("coordinate").values.tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("optimizer", [GainSGD, partial(GradientFlow, times=[1.0])])
+def test_what_no_member_has_is_refused_before_a_fit_and_looking_changes_nothing(fit, optimizer):
+    def build(variables):
+        return Penalised(optimizer=optimizer), [Recorder(every_n_steps=1, variables=variables)]
+
+    model, callbacks = build(["effective_init"])
+    message = "effective_init is not defined here: the loss of Penalised is no function of the product of its factors"
+    with pytest.raises(ValueError, match=message):
+        fit(model, oracles.GivenData(*problems()), 5, callbacks)
+    assert torch.equal(model.w_plus.detach(), torch.full((1, 3), 0.1, dtype=torch.float64))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model, callbacks = build(["imbalance"])
+    fit(model, oracles.GivenData(*problems()), 5, callbacks)
+    assert not set(INVARIANTS) & set(callbacks[0].dataset())
+
+
+def test_a_flow_states_its_effective_initialisation_under_weight_decay_too(fit):
+    model, _ = train(
+        fit, DiagonalLinearNetwork, problems(), 2, optimizer=partial(GradientFlow, times=[1, 3], weight_decay=0.1)
+    )
+    product = (model.w_plus * model.w_minus).detach()
+    np.testing.assert_allclose(model._optimizer.effective_init**2, product, rtol=1e-10)  # the flow's tolerance
+    np.testing.assert_allclose(product, 0.01 * np.exp(-4 * 0.1 * 3), rtol=1e-10)  # likewise
+
+
+@pytest.mark.parametrize("unit", ["flow_edge", "mean_square_edge"])
+@pytest.mark.parametrize("own", [{"losses": Generic.losses}, {"predictor": lambda model: model.w_plus**3}])
+def test_the_unit_of_one_loss_is_refused_to_another(fit, own, unit):
+    with pytest.raises(
+        ValueError, match=f"lr_unit = {unit}: .*Other has its own {next(iter(own))}; use one or max_row"
+    ):
+        train(fit, type("Other", (DiagonalLinearNetwork,), own), problems(), 1, lr_unit=unit)
 
 
 def test_a_subclass_with_variables_of_its_own_says_that_it_leaves_the_kernel(fit):

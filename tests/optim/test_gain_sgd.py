@@ -562,3 +562,105 @@ def test_it_steps_a_foreign_lightning_module_with_automatic_optimization(fit):
     trainer = fit(model, torch.utils.data.DataLoader(rows, batch_size=7), max_steps=20)
     assert trainer.global_step == trainer.optimizers[0].num_steps == 20
     check_foreign(model.layer, trainer.optimizers[0])
+
+
+# Losses that are no function of the product ---------------------------------------------------------------------------
+
+
+def apart(name, a, b, x, y):
+    """Losses whose gradients are not of the form g (v, u)."""
+    form = "product"
+    if name == "sharpness-aware":
+        loss = least_squares(form, (a, b), x, y)
+        steps = torch.autograd.grad(loss, (a, b), create_graph=True)
+        return least_squares(form, [p + 0.1 * g for p, g in zip((a, b), steps, strict=True)], x, y)
+    penalty = {"one factor": a.square(), "fourth power": a**4, "weak": 1e-7 * b.abs(), "no product": a**3 * b}[name]
+    return least_squares(form, (a, b), x, y) + 0.1 * penalty.sum()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["one factor", "fourth power", "weak", "no product", "sharpness-aware"])
+def test_every_step_is_plain_gradient_descent_and_a_gain_that_is_not_defined_is_said_once(form, name):
+    x, y = problem()
+    ours, theirs = ([Parameter(torch.full((3,), s).double()) for s in (0.4, 0.1)] for _ in range(2))
+    opt = GainSGD([ours], lr=0.1, weight_decay=0.01, form=form)
+    sgd = torch.optim.SGD(theirs, lr=0.1, weight_decay=0.02)
+    with pytest.warns(UserWarning, match=r"not of the form g \(.*no function of the pair's product") as said:
+        for i, (optimizer, pair) in enumerate([(opt, ours), (sgd, theirs)] * 200):
+            if i == 200:  # goes on as a copy, which knows all that the first one knew
+                state = copy.deepcopy(opt.state_dict())
+                opt.load_state_dict(state)
+            optimizer.zero_grad()
+            apart(name, *pair, x, y).backward()
+            optimizer.step()
+    assert len([w for w in said if "GainSGD" in str(w.message)]) == 1
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.detach(), b.detach(), rtol=1e-12, atol=1e-14)  # 200 roundings of a stable run
+    for quantity in ("gain", "gain_plus", "gain_minus", "effective_init", "imbalance_error", "gain_sandwich_error"):
+        assert getattr(opt, quantity).isnan().all(), quantity
+    assert opt.imbalance.isfinite().all()
+    same = GainSGD([ours], lr=0.1, form=form)
+    same.load_state_dict(opt.state_dict())
+    assert same.gain.isnan().all()
+
+
+OF_THE_PRODUCT = {
+    "input times factor": lambda x, y, u, v: ((x * u) @ v - y).square().mean() / 2,
+    "polarisation": lambda x, y, u, v: (x @ ((u + v) ** 2 - (u - v) ** 2) / 4 - y).square().mean(),
+    "logistic": lambda x, y, u, v: torch.nn.functional.softplus(-y.sign() * (x @ (u * v))).mean(),
+    "penalty on the product": lambda x, y, u, v: ((x @ (u * v) - y) ** 2).mean() + 0.1 * (v * u).abs().sum(),
+    "terms that cancel": lambda x, y, u, v: ((x * u) @ v - y).square().mean() + 100 * (x * u @ v - x @ (u * v)).mean(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", OF_THE_PRODUCT)
+@pytest.mark.filterwarnings("error:GainSGD")
+def test_any_loss_of_the_product_has_a_gain_however_its_gradient_is_rounded(name, dtype):
+    if name == "terms that cancel" and dtype == torch.float32:
+        pytest.skip("what float32 rounds off such terms is as large as a weak penalty's step")
+    x, y = (torch.as_tensor(part).to(dtype) for part in problem(n=40))
+    y = y + 3 * torch.sin(torch.arange(40)).to(dtype)  # at the minimum large residuals cancel
+    u, v = Parameter(torch.full((3,), 0.3, dtype=dtype)), Parameter(torch.zeros(3, dtype=dtype))
+    u.data[2] = 0.0  # a dead coordinate
+    opt = GainSGD([(u, v)], lr=0.1)
+    for _ in range(300):
+        opt.zero_grad()
+        OF_THE_PRODUCT[name](x, y, u, v).backward()
+        opt.step()
+    left = (u.detach().double() ** 2 - v.detach().double() ** 2)[:2]
+    # 300 steps round u and v, of size 1 at most; u^2 - v^2 is a difference of their squares.
+    np.testing.assert_allclose(left, 0.09 * torch.exp(-opt.gain[:2]), atol=300 * torch.finfo(dtype).eps)
+    assert opt.gain.isfinite().all() and opt.gain[:2].max() > 1e-3
+
+
+def test_one_members_loss_is_a_function_of_the_product_and_anothers_is_not():
+    x, y = problem()
+    pair = started("squares", 0.3, 3, 3)
+    alone = started("squares", 0.3, 3)
+    opt, other = GainSGD([pair], lr=0.1, form="squares"), GainSGD([alone], lr=0.1, form="squares")
+    strength = torch.tensor([0.0, 0.1, 1e-6])
+    with pytest.warns(UserWarning, match=r"leading indices 1, 2\) are not"):
+        for _ in range(50):
+            opt.zero_grad()
+            losses = (value("squares", *pair) @ torch.as_tensor(x).T - torch.as_tensor(y)).square().mean(1) / 2
+            (losses + strength * (pair[0] ** 4).sum(1)).sum().backward()
+            opt.step()
+            descend(other, "squares", alone, x, y, 1)
+    assert opt.gain.isnan().all(1).tolist() == [False, True, True]
+    np.testing.assert_allclose(opt.gain[0], other.gain, rtol=1e-12, atol=1e-15)  # 50 roundings
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_the_factor_that_has_a_gradient_moves_alone(without):
+    pair = started("product", 0.3, 3)
+    pair[without].requires_grad_(False)
+    before = [p.detach().clone() for p in pair]
+    opt = GainSGD([pair], lr=0.1)
+    with pytest.warns(UserWarning, match="no function of the pair's product"):
+        (pair[0] * pair[1] + pair[1 - without]).sum().backward()
+        opt.step()
+    assert torch.equal(pair[without], before[without])
+    expected = before[1 - without] - 0.1 * (before[without] + 1)
+    np.testing.assert_allclose(pair[1 - without].detach(), expected, rtol=1e-15)  # a few roundings
+    assert opt.gain.isnan().all()
