@@ -1,4 +1,6 @@
+import json
 import math
+import re
 import sys
 import warnings
 from itertools import combinations_with_replacement
@@ -9,10 +11,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import dlnlab
 from dlnlab import Ensemble
+from dlnlab.cli import main
 from dlnlab.data import TabularRegression
 from dlnlab.data.tabular import monomials
 from dlnlab.models import DiagonalLinearNetwork
+from dlnlab.tables import TableWarning
 
 ROWS, NAMES = 40, ["age", "bmi", "bp", "outcome"]
 
@@ -180,6 +185,29 @@ def test_numbers_count_columns_where_the_first_row_is_data(tmp_path, options, ch
     assert "cars.csv, line 1: the first row (18.0, 8, 307.0, 1, car a) was taken for data" in said
     assert "give `header: true`" in said
     assert cars(tmp_path / "cars.csv", {**options, "header": False}) == (rows, "")
+
+
+def test_a_run_says_what_was_guessed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cars(tmp_path / "target.csv", {"target": 0, "exclude": [4]})
+    options = {"path": "target.csv", "target": '"0"', "exclude": [4]}
+    config = {
+        "model": {"class_path": "DiagonalLinearNetwork"},
+        "data": {"class_path": "TabularRegression", "init_args": options},
+        "trainer": {"max_steps": 1, "enable_progress_bar": False},
+    }
+    (tmp_path / "target.yaml").write_text(json.dumps(config))
+    said = "target.csv, line 1: the first row (18.0, 8, 307.0, 1, car a) was taken for data"
+    assert main(["fit", "--config", "target.yaml"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"dlnlab fit: {said}")
+    assert err.count("\n") == 1
+    with pytest.warns(TableWarning, match=re.escape(said)):
+        dlnlab.run(config)
+    options["header"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TableWarning)
+        dlnlab.run(config)
 
 
 def test_columns_without_a_name_are_left_out_and_said_unless_they_are_asked_for(tmp_path):
