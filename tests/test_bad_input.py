@@ -228,6 +228,8 @@ for name, words in {
     "empty.csv": "empty.csv",
     "note.txt": "note.txt",
     "missing.csv": "missing.csv",
+    "target.csv": "data.init_args.path: target.csv: there is no such file",  # no argument `target`
+    "lr.csv": "data.init_args.path: lr.csv: there is no such file",  # no axis `lr`
     ".": "data",
     "": "data",
 }.items():

@@ -1,12 +1,17 @@
+import gzip
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dlnlab.tables import Table, read_table
+from dlnlab.delimited import Delimited, number
+from dlnlab.tables import Table, TableWarning, read_table
 
 NAMES = ["age", "bmi", "outcome"]
 VALUES = np.array([[1.5, -2e-300, 3.0], [0.1, 7.0, -4.25], [1 / 3, 1e17, 0.0], [5.0, 6.0, 7.0]])
@@ -32,6 +37,11 @@ def all_numbers(path):
     return table.numbers(list(table.columns))
 
 
+def written(path, content):
+    path.write_bytes(content.encode())
+    return path
+
+
 def refusal(path, columns=None):
     with pytest.raises((ValueError, OSError)) as caught:
         table = read_table(path)
@@ -45,34 +55,128 @@ def refusal(path, columns=None):
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-@pytest.mark.parametrize("names", [NAMES, None])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_a_text_table_reads_back_exactly(tmp_path, delimiter, names, encoding, newline):
-    path = tmp_path / "my.csv"
-    path.write_bytes(text(names=names, delimiter=delimiter).replace("\n", newline).encode(encoding))
-    assert list(read_table(path).columns) == (names or ["0", "1", "2"])
-    assert np.array_equal(all_numbers(path), VALUES)
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", "::", " ", "   ", ", "])
+@pytest.mark.parametrize(
+    ("suffix", "newline", "encoding"),
+    [
+        ("csv", "\n", "utf-8"),
+        ("TSV", "\r\n", "utf-8-sig"),
+        ("txt", "\r", "utf-8"),
+        ("dat.gz", "\n", "utf-8"),
+        ("data", "\n\n", "utf-8"),
+    ],
+)
+def test_a_text_table_reads_back_exactly(tmp_path, separator, suffix, newline, encoding):
+    path = tmp_path / f"my.{suffix}"
+    for names in (NAMES, None):
+        content = text(names=names, delimiter=separator).rstrip("\n").replace("\n", newline).encode(encoding)
+        path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+        table = read_table(path, header=names is not None)
+        assert list(table.columns) == (names or ["0", "1", "2"])
+        assert np.array_equal(table.numbers(list(table.columns)), VALUES)
+        by_row = np.array([table.columns[name] for name in table.columns]).T
+        assert np.array_equal(by_row.astype(float), VALUES)
 
 
-def test_a_last_line_without_an_end_counts(tmp_path):
-    path = tmp_path / "my.tsv"
-    path.write_text(text(delimiter="\t").rstrip("\n"))
-    assert np.array_equal(all_numbers(path), VALUES)
+# Each of these is read by pandas in one go, or is left to the row-by-row reader: both must agree with Python's float.
+CELLS = st.one_of(
+    st.floats().map(repr), st.integers().map(str), st.text("0123456789+-.eE_ ", max_size=9), st.text(max_size=3),
+    st.sampled_from(["-0", "00012", "1e-400", "1e400", "True", "0x10", "inf", "nan", "NA", "1" * 400]),
+)  # fmt: skip
 
 
-def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path):
-    path = tmp_path / "MY.CSV"
-    path.write_text(text())
-    assert np.array_equal(all_numbers(path), VALUES)
+@given(
+    cells=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4), separator=st.sampled_from([",", "\t", "::", " "])
+)
+def test_what_pandas_reads_is_what_python_reads(cells, separator):
+    def agrees(kind):
+        found = columns.read(["0", "1"], kind)
+        rows = [[number(cell) if kind is float else cell for cell in columns[name]] for name in columns]
+        return found is None or np.array_equal(np.array(found, kind), np.array(rows, kind), equal_nan=kind is float)
+
+    content = "".join(separator.join(row) + "\n" for row in cells)
+    try:
+        columns = Delimited("t", "1" + separator + "2\n" + content, header=False)
+        list(columns["0"])
+    except ValueError:
+        return
+    if len(columns) == 2:
+        assert agrees(float)
+        assert agrees(str)
 
 
-def test_a_delimiter_inside_quotes_divides_nothing(tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_text('"weight; kg","length\t(m)\nof arm"\n1,2\n3,4\n')
-    assert list(read_table(path).columns) == ["weight; kg", "length (m) of arm"]
-    assert np.array_equal(all_numbers(path), [[1, 2], [3, 4]])
+def test_pandas_reads_plain_numbers():
+    assert (
+        Delimited("t", "1,-0\n2,1e-320\n", header=False).read(["0", "1"], float)[1].tobytes()
+        == np.array([-0.0, 1e-320]).tobytes()
+    )
+
+
+# Header, names and separators -----------------------------------------------------------------------------------------
+
+# What a file holds; the names of its columns; how many rows; what of it is said ("" nothing).
+GUESSES = {
+    "names over numbers": ("age,bmi\n1,2\n", ["age", "bmi"], 1, ""),
+    "names over texts": ("a,b\nx,y\n", ["a", "b"], 1, "header: false"),
+    "numbers": ("1,2\n3,4\n", ["0", "1"], 2, "header: true"),
+    "a hole": ("1,NA,3\n4,5,6\n", ["0", "1", "2"], 2, "header: true"),
+    "a hole in front": (",2,3\n4,5,6\n7,8,9\n", ["0", "1", "2"], 3, "header: true"),
+    "holes alone": ("?,-\n1,2\n", ["0", "1"], 2, "header: true"),
+    "texts beside numbers": ("M,0.4,15\nF,0.5,9\n", ["0", "1", "2"], 2, "header: true"),
+    "holes beside texts": ("3,?,alfa\n1,164,audi\n2,?,vw\n", ["0", "1", "2"], 3, "header: true"),
+    "decimal commas": ("3,5;4,2\n1,5;2\n", ["0", "1"], 2, "header: true"),
+    "years": ("2010,2011\n1,2\n", ["0", "1"], 2, "header: true"),
+    "a name beside years": ("id,2010,2011\n5,1,2\n6,3,4\n", ["id", "2010", "2011"], 2, "header: false"),
+    "pandas' index": (",a,b\n0,1,2\n1,3,4\n", ["Unnamed: 0", "a", "b"], 2, ""),
+    "pandas' index of texts": (",a\nann,1\nbob,3\n", ["Unnamed: 0", "a"], 2, ""),
+    "pandas' index and numbers": (",0,1\n0,.5,.2\n1,.3,.4\n", ["Unnamed: 0", "0", "1"], 2, "header: false"),
+    "R's row names": ('"a" "b"\n"1" 1 2\n"2" 3 4\n', ["Unnamed: 0", "a", "b"], 2, ""),
+    "a last comma": ("a,b,\n1,2,\n3,4,\n", ["a", "b", "Unnamed: 2"], 2, ""),
+    "savetxt's header": ("# a,b\n1,2\n3,4\n", ["a", "b"], 2, "comment above"),
+    "a remark": ("# by me, today\na,b\n1,2\n", ["a", "b"], 1, ""),
+    "comments between": ("a,b\n1,2\n# no\n3,4\n", ["a", "b"], 2, "1 lines"),
+    "a wrong entry": ("a,b\n1,old\n3,4\n", ["a", "b"], 2, ""),
+    "quotes": ('"weight; kg","length\t(m)\nof arm"\n1,2\n3,4\n', ["weight; kg", "length (m) of arm"], 2, ""),
+    "commas in texts": ("a;b\nx, y;1\nz;2\n", ["a", "b"], 2, ""),
+    "bars in texts": ("id,title,genre\n1,A B,x|y\n2,C,z|w\n", ["id", "title", "genre"], 2, ""),
+    "a tab before a text": ('18.0   8   3.\t"chevrolet x"\n15.0   8   ?\t"vw"\n', ["0", "1", "2", "3"], 2, "header: true"),
+    "times": ("when,v\n2024-01-01 10:00,3.5\n2024-01-02 11:00,4\n", ["when", "v"], 2, ""),
+    "Excel's first line": ("sep=;\na;b\n1;2\n", ["a", "b"], 1, ""),
+    "one column": ("a:b\n1:2\n", ["a:b"], 1, "header: false"),
+    "MovieLens": ("1::1193::5\n1::661::3\n", ["0", "1", "2"], 2, "header: true"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "names", "rows", "said"), GUESSES.values(), ids=GUESSES)
+def test_the_header_and_the_separator_are_recognised_and_a_doubt_is_said(tmp_path, content, names, rows, said):
+    path = written(tmp_path / "my.csv", content)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        table = read_table(path)
+    assert (list(table.columns), len(table.columns[names[0]])) == (names, rows)
+    assert len(heard) == bool(said)
+    assert all(said in str(each.message) and each.category is TableWarning for each in heard)
+    assert table.unnamed == {name for name in names if name.startswith("Unnamed")}
+
+
+def test_a_header_of_numbers_is_possible_and_belongs_to_text_tables_alone(tmp_path):
+    path = written(tmp_path / "my.csv", "2010,2011\n1,2\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was asked for is not said
+        assert np.array_equal(read_table(path, header=False).numbers(["0", "1"]), [[2010, 2011], [1, 2]])
+        table = read_table(path, header=True)
+    assert table.find("2011") == table.find(2011) == table.find(1) == ["2011"]
+    np.savez(tmp_path / "my.npz", X=VALUES)
+    with pytest.raises(ValueError, match="header = true: only a text table"):
+        read_table(tmp_path / "my.npz", header=True)
+
+
+def test_columns_of_one_name_cannot_be_used_and_others_can(tmp_path):
+    table = read_table(written(tmp_path / "my.csv", "age,bmi, age\n1,2,3\n"))
+    assert table.numbers(table.find("bmi")) == [[2]]
+    for use in (lambda: table.find("age"), lambda: table.find(2), lambda: table.numbers(list(table.columns))):
+        with pytest.raises(ValueError, match=r'columns 0 and 2 \(from 0\) are both called "age"'):
+            use()
 
 
 def test_a_parquet_table_reads_back_exactly(tmp_path):
@@ -141,14 +245,16 @@ def test_arrays_that_are_not_asked_for_may_be_anything(tmp_path):
     assert np.array_equal(table.numbers(table.find("X")), VALUES)
 
 
-def test_a_name_comes_before_a_number():
+def test_numbers_count_columns_and_texts_are_names():
     table = Table("t", {"1": [0.0], "7": [1.0], "b": [2.0]})
-    assert table.find("b") == ["b"]
-    assert table.find(1) == ["1"]
-    assert table.find(7) == ["7"]
-    assert table.find(0) == ["1"]
-    assert table.find(-1) == ["b"]
+    assert table.find("b") == table.find(2) == table.find(-1) == ["b"]
+    assert table.find("1") == table.find('"1"') == table.find(0) == ["1"]
     assert table.find(-1, among=["7"]) == ["7"]
+    assert table.find(7) == ["7"]  # beyond all columns: as a config reads "7"
+    with pytest.warns(TableWarning, match=r'target: 1 counts columns and is "7"'):
+        assert table.find(1, argument="target") == ["7"]
+    with pytest.raises(ValueError, match="features: a column is given by its name or its number, got True"):
+        table.find(True, argument="features")
 
 
 def test_a_matrix_is_found_whole_or_by_column(tmp_path):
@@ -182,50 +288,31 @@ def test_an_unknown_array_lists_the_known_ones(tmp_path):
 # Entries that are no numbers ------------------------------------------------------------------------------------------
 
 
+HOLE = r" (a hole: fill it in, or leave out its row or its column)"
+LOCAL = ", with a decimal point and without a thousands separator, as 1234.5"
+
+
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "said", "advice"),
     [
-        ("", "empty"),
-        ("  ", "empty"),
-        ("old", "'old'"),
-        ("nan", "'nan'"),
-        ("NA", "'NA'"),
-        ("inf", "'inf'"),
-        ("-Infinity", "'-Infinity'"),
-        ("1e999", "'1e999'"),
-        ("2024_01", "'2024_01'"),
-        ("x" * 100, "'" + "x" * 36 + "..."),
+        *((hole, "empty", HOLE) for hole in ("", "  ")),
+        *((hole, repr(hole), HOLE) for hole in ("NA", "N/A", "?", "nan", "null", "-")),
+        *((entry, repr(entry), "") for entry in ("old", "inf", "-Infinity", "1e999", "2024_01", "True")),
+        *((entry, repr(entry), LOCAL) for entry in ("1,5", "1,234.5", "1.234,5", "1'234", "-1 234,5", ",5")),
+        ("x" * 100, "'" + "x" * 36 + "...", ""),
     ],
-)
-def test_an_entry_that_is_no_number_is_named_by_line_row_and_column(tmp_path, entry, said):
-    path = tmp_path / "my.csv"
-    path.write_text(f"age,bmi\n1,2\n{entry},4\n")
+)  # fmt: skip
+def test_an_entry_that_is_no_number_is_named_by_line_row_and_column(tmp_path, entry, said, advice):
+    path = written(tmp_path / "my.csv", f"age;bmi\n1;2\n{entry};4\n")
     message = refusal(path)
-    assert message == f'{path}, line 3 (row 2), column "age": {said}: every entry must be a finite number'
+    assert message == f'{path}, line 3 (row 2), column "age": {said}: every entry must be a finite number{advice}'
+    assert np.array_equal(read_table(path).numbers(["bmi"]), [[2], [4]])
 
 
 def test_lines_are_those_of_the_file_even_after_blank_lines_and_quoted_breaks(tmp_path):
     path = tmp_path / "my.csv"
     path.write_text('\n"age\nin years",bmi\n\n1,2\n  \n3,old\n')
     assert 'line 7 (row 2), column "bmi"' in refusal(path)
-
-
-def test_without_a_header_a_column_is_named_by_its_number(tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_text("1,2\n3,old\n")
-    assert "line 2 (row 2), column \"1\": 'old'" in refusal(path)
-
-
-def test_nan_in_the_first_row_is_an_entry_not_a_header(tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_text("1,NaN\n3,4\n")
-    assert "line 1 (row 1), column \"1\": 'NaN'" in refusal(path)
-
-
-def test_a_decimal_comma_is_told_what_is_wanted(tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_text("age;bmi\n1,5;2\n")
-    assert refusal(path).endswith("column \"age\": '1,5': every entry must be a finite number, with a decimal point")
 
 
 def test_the_first_bad_row_is_the_one_named(tmp_path):
@@ -247,7 +334,8 @@ def test_a_number_that_is_not_finite_is_named_in_every_format(tmp_path, bad, suf
     else:
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({f"X[{j}]": x[:, j] for j in range(3)}), path)
-    assert refusal(path) == f'{path}, row 3, column "X[1]": {bad}: every entry must be a finite number'
+    advice = HOLE if np.isnan(bad) else ""
+    assert refusal(path) == f'{path}, row 3, column "X[1]": {bad}: every entry must be a finite number{advice}'
 
 
 @pytest.mark.parametrize(
@@ -260,11 +348,12 @@ def test_holes_and_texts_in_parquet_are_named(tmp_path, cells, said):
     assert f'row 2, column "age": {said}' in refusal(path)
 
 
-@pytest.mark.parametrize("array", [np.array(["a", "b"]), np.array([1 + 2j, 3]), np.array(["2024-01-01"], "M8[D]")])
+@pytest.mark.parametrize(
+    "array", [["a", "b"], np.array([1 + 2j, 3]), np.array(["2024-01-01"], "M8[D]"), np.array([1], "M8[ns]")]
+)
 def test_arrays_of_other_things_than_numbers_are_refused(tmp_path, array):
-    path = tmp_path / "my.npz"
-    np.savez(path, y=array)
-    assert 'row 1, column "y"' in refusal(path)
+    np.savez(tmp_path / "my.npz", y=array)
+    assert 'row 1, column "y"' in refusal(tmp_path / "my.npz")
 
 
 def test_a_complex_tensor_is_refused(tmp_path):
@@ -293,9 +382,14 @@ def test_an_empty_file_is_called_so(tmp_path, suffix, content):
 
 
 def test_a_byte_order_mark_alone_is_an_empty_file(tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_bytes(b"\xef\xbb\xbf")
-    assert "the file is empty" in refusal(path)
+    assert "the file is empty" in refusal(written(tmp_path / "my.csv", "\ufeff"))
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path):
+    path = tmp_path / "my.csv.gz"
+    for content in (b"a,b\n1,2\n", gzip.compress(text().encode())[:-9], gzip.compress(b"a,b\n1,2")[:-4] + b"1234"):
+        path.write_bytes(content)
+        assert "not a whole .gz file" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "pt"])
@@ -329,35 +423,19 @@ def test_an_unsupported_suffix_lists_the_supported_ones(tmp_path, suffix):
     path = tmp_path / ("my." + suffix if suffix else "my")
     path.write_text("{}")
     message = refusal(path)
-    assert "must be one of .csv, .tsv, .parquet, .npz, .pt" in message
+    assert "must be one of .txt, .data, .dat, .csv, .tsv, .parquet, .npz, .pt" in message
     assert (f"got '.{suffix}'" if suffix else "got 'none'") in message
 
 
-@pytest.mark.parametrize(("row", "entries"), [("1", 1), ("1,2,3", 3), ("1,2,", 3)])
+@pytest.mark.parametrize(("row", "entries"), [("1", 1), ("1,2,3", 3), ("1,2,", 3), ('"1",2,3', 3), ("1,5,2", 3)])
 def test_a_ragged_row_is_named(tmp_path, row, entries):
-    path = tmp_path / "my.csv"
-    path.write_text(f"a,b\n1,2\n{row}\n")
-    assert f"line 3 (row 2): {entries} entries: every row must have 2, as line 1 has" in refusal(path)
+    message = refusal(written(tmp_path / "my.csv", f"a,b\n1,2\n{row}\n"))
+    assert f"line 3 (row 2): {entries} entries: every row must have 2, as line 1 has" in message
+    assert ("decimal comma" in message) == (entries > 2)
 
 
-def test_repeated_column_names_are_refused(tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_text("age,bmi, age\n1,2,3\n")
-    assert 'columns 0 and 2 (from 0) are both called "age"' in refusal(path)
-
-
-def test_repeated_column_names_in_parquet_are_refused(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "my.parquet"
-    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["age", "age"]), path)
-    assert 'both called "age"' in refusal(path)
-
-
-@pytest.mark.parametrize("first", [",age", "1,", "age,"])
-def test_a_hole_in_the_first_row_is_refused(tmp_path, first):
-    path = tmp_path / "my.csv"
-    path.write_text(f"{first}\n1,2\n")
-    assert "line 1: the first row's entry" in refusal(path)
+def test_rows_that_are_too_short_and_too_long_do_not_make_up_for_each_other(tmp_path):
+    assert "line 4 (row 3): 4 entries" in refusal(written(tmp_path / "my.csv", "a,b,c\n1,2,3\n1,2,3\n4,5,6,7\n8,9\n"))
 
 
 def test_a_header_without_rows_is_refused(tmp_path):

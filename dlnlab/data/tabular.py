@@ -155,7 +155,8 @@ class TabularRegression(SyntheticData):
                 raise ValueError(f'features: column "{name}" is the target')
         for name in excluded:
             if name in y_names:
-                raise ValueError(f'exclude: column "{name}" is the target')
+                default = " (the last column, for `target` is not given)" if self.target is None else ""
+                raise ValueError(f'exclude: column "{name}" is the target{default}')
         x_names = [name for name in x_names if name not in excluded]
         if not x_names or not y_names:
             raise ValueError(

@@ -45,6 +45,60 @@ def test_columns_are_chosen_by_name(tmp_path):
     assert entries(data) == {(b, a, value) for a, b, value in ROWS}
 
 
+def test_three_columns_are_meant_by_name_or_because_there_are_no_others(tmp_path):
+    path = tmp_path / "ratings.csv"
+    for header, keys in (
+        ("value,row,time,column", {}),
+        (",who,what,stars", {}),
+        ("a,b,c,d", {"row": 1, "column": "c", "value": -1}),
+    ):
+        places = (
+            [header.split(",").index(name) for name in ("row", "column", "value")] if "row" in header else [1, 2, 3]
+        )
+        lines = [["7"] * 4 for _ in ROWS]
+        for number, (line, row) in enumerate(zip(lines, ROWS, strict=True)):
+            line[0] = str(number)
+            for place, cell in zip(places, row, strict=True):
+                line[place] = str(cell)
+        path.write_text("\n".join([header, *map(",".join, lines)]))
+        assert entries(setup(str(path), **keys)) == set(ROWS)
+
+
+WHOLE = np.round(np.random.default_rng(0).normal(size=(4, 5)), 3)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (
+            WHOLE,
+            r"has 5 columns \(a, b, c, d, e\) and entries need three: give the names or numbers of row, column, value",
+        ),
+        (np.arange(20).reshape(4, 5), "has 5 columns .* a whole matrix must be turned into one line for each entry"),
+        (WHOLE[:, :3], "rows and columns are named by texts or whole numbers. A matrix written out whole"),
+        (WHOLE[:, :2], "has 2 columns"),
+        (WHOLE[:, :1], "has 1 columns .* none of tab ; , | :: spaces divides its rows"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "npz"])
+def test_a_whole_matrix_is_not_taken_for_entries(tmp_path, matrix, message, suffix):
+    path = tmp_path / f"whole.{suffix}"
+    columns = dict(zip("abcde", matrix.T, strict=False))
+    if suffix == "csv":
+        path.write_text("\n".join([",".join(columns), *(",".join(map(str, row)) for row in matrix.tolist())]))
+    else:
+        np.savez(path, **columns)
+        message = message.split(" .* none of")[0]
+    with pytest.raises(ValueError, match=message):
+        setup(str(path))
+
+
+def test_names_are_compared_as_they_are_written(tmp_path):
+    path = tmp_path / "ratings.dat"
+    path.write_text("007::x::1\n7::x::2\n12345678901234567890::x::3\n12345678901234567891::y::4\n")
+    assert setup(str(path), header=False).row_names == ["007", "7", "12345678901234567890", "12345678901234567891"]
+
+
 def test_each_seed_has_its_own_test_entries_and_units_come_from_the_training_entries(tmp_path):
     rows = [(i, j, float(i + 3 * j)) for i in range(8) for j in range(5)]
     data = ObservedEntries(csv(tmp_path, rows), test_fraction=0.25)
@@ -64,7 +118,12 @@ def test_each_seed_has_its_own_test_entries_and_units_come_from_the_training_ent
     [
         (("ann", "book", 1.0), r'line 7 \(row 6\): "who" ann, "what" book is already given in line 2 \(row 1\)'),
         (("zoe", "book", "good"), r"line 7 \(row 6\), column \"stars\": 'good': every entry must be a finite number"),
-        (("zoe", "book", "nan"), r"line 7 \(row 6\), column \"stars\""),
+        (("zoe", "book", "nan"), r"line 7 \(row 6\), column \"stars\": 'nan': .* \(a hole: fill it in"),
+        (("zoe", "NA", 1.0), r"line 7 \(row 6\), column \"what\": 'NA': every entry must have a name"),
+        (
+            ("0.5", "book", 1.0),
+            r"line 7 \(row 6\), column \"who\": '0.5': the matrix's rows and columns are named by texts",
+        ),
         ((" ", "book", 1.0), r"line 7 \(row 6\), column \"who\": empty: every entry must have a name"),
         (("zoe", "book"), r"line 7 \(row 6\): 2 entries: every row must have 3"),
     ],

@@ -1,5 +1,8 @@
+import json
 import math
+import re
 import sys
+import warnings
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -8,10 +11,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import dlnlab
 from dlnlab import Ensemble
+from dlnlab.cli import main
 from dlnlab.data import TabularRegression
 from dlnlab.data.tabular import monomials
 from dlnlab.models import DiagonalLinearNetwork
+from dlnlab.tables import TableWarning
 
 ROWS, NAMES = 40, ["age", "bmi", "bp", "outcome"]
 
@@ -142,8 +148,87 @@ def test_a_choice_of_columns_that_cannot_be_is_refused(csv, options, parts):
 
 def test_a_single_column_is_refused(tmp_path):
     path = tmp_path / "my.csv"
-    path.write_text("age bmi\n1 2\n3 4\n")
-    assert "separated by a tab, ; or ," in refusal(str(path))
+    path.write_text("age\n1\n2\n")
+    assert "it was read as one column: none of tab ; , | :: spaces divides its rows" in refusal(str(path))
+
+
+CARS = [
+    (18.0, 8, 307.0, 1, "car a"),
+    (15.0, 8, 350.0, 1, "car b"),
+    (24.0, 4, 113.0, 3, "car c"),
+    (27.0, 4, 97.0, 3, "NA"),
+]
+
+
+def cars(path, options=None, columns=slice(0, 5), separator=",", first=""):
+    path.write_text(first + "".join(separator.join(map(str, row[columns])) + "\n" for row in CARS))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        data = raw(str(path), test_fraction=0.0, **(options or {}))
+    rows = {(*x, y) for x, y in zip(data.problems.x[0].tolist(), data.problems.y[0].tolist(), strict=True)}
+    return rows, " | ".join(str(warning.message) for warning in heard)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({"target": 0, "features": [1, 2]}, (1, 2, 0)),
+        ({"target": "0", "features": ["2", 1]}, (2, 1, 0)),
+        ({"target": -5, "exclude": [4]}, (1, 2, 3, 0)),
+        ({"target": 3, "exclude": ["4", -4]}, (0, 2, 3)),
+        ({"target": 0, "features": [1, 2, 4], "exclude": [4]}, (1, 2, 0)),
+    ],
+)
+def test_numbers_count_columns_where_the_first_row_is_data(tmp_path, options, chosen):
+    rows, said = cars(tmp_path / "cars.csv", options)
+    assert rows == {tuple(float(row[i]) for i in chosen) for row in CARS}
+    assert "cars.csv, line 1: the first row (18.0, 8, 307.0, 1, car a) was taken for data" in said
+    assert "give `header: true`" in said
+    assert cars(tmp_path / "cars.csv", {**options, "header": False}) == (rows, "")
+
+
+def test_a_run_says_what_was_guessed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cars(tmp_path / "target.csv", {"target": 0, "exclude": [4]})
+    options = {"path": "target.csv", "target": '"0"', "exclude": [4]}
+    config = {
+        "model": {"class_path": "DiagonalLinearNetwork"},
+        "data": {"class_path": "TabularRegression", "init_args": options},
+        "trainer": {"max_steps": 1, "enable_progress_bar": False},
+    }
+    (tmp_path / "target.yaml").write_text(json.dumps(config))
+    said = "target.csv, line 1: the first row (18.0, 8, 307.0, 1, car a) was taken for data"
+    assert main(["fit", "--config", "target.yaml"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"dlnlab fit: {said}")
+    assert err.count("\n") == 1
+    with pytest.warns(TableWarning, match=re.escape(said)):
+        dlnlab.run(config)
+    options["header"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TableWarning)
+        dlnlab.run(config)
+
+
+def test_columns_without_a_name_are_left_out_and_said_unless_they_are_asked_for(tmp_path):
+    path = tmp_path / "cars.csv"
+    header = ",a,b,c,\n"
+    rows, said = cars(path, {}, first=header)
+    assert rows == {tuple(map(float, row[1:4])) for row in CARS}
+    assert "columns 0, 4 have no name and are left out" in said
+    assert cars(path, {"features": [0, "a"], "target": "b"}, first=header) == ({row[:3] for row in CARS}, "")
+    assert cars(path, {"exclude": [0, 4], "target": "b"}, first=header) == ({(*row[1:4:2], row[2]) for row in CARS}, "")
+
+
+def test_texts_among_all_features_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"column \"4\": 'car a': .*; `exclude` leaves columns out of the features"):
+        cars(tmp_path / "cars.csv", {"target": 0})
+    with pytest.raises(ValueError, match=r"exclude: column \"0\" is the target"):
+        cars(tmp_path / "cars.csv", {"target": 0, "exclude": [0]})
+    with pytest.raises(ValueError, match=r'exclude: .*cars.csv has no column "5"'):
+        cars(tmp_path / "cars.csv", {"exclude": [5]})
+    with pytest.raises(ValueError, match="header: only a text table has a header"):
+        TabularRegression(header=True)
 
 
 def test_an_archive_without_y_lists_what_it_has(tmp_path, values):
