@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from dlnlab.figures import Figure
-from dlnlab.figures.base import COLUMN_WIDTH, colours, draw_levels, log_axis, panels, quantiles
+from dlnlab.figures.base import COLUMN_WIDTH, colours, draw_levels, legend, log_axis, panels, quantiles, remark
 from dlnlab.figures.words import WORDS, words
 from dlnlab.recorder import TAGS
 from dlnlab.results import UNITS, UNOBSERVED
@@ -162,3 +162,13 @@ def test_names_of_levels_stand_beside_the_panel_where_they_hide_nothing():
 @pytest.mark.parametrize("count", [1, 7, 8, 20])
 def test_no_two_lines_have_the_same_colour(count):
     assert len({str(colour) for colour in colours(count)}) == count
+
+
+@pytest.mark.parametrize("length", [3, 25, 45])
+def test_a_legend_has_no_more_columns_than_the_figure_has_room_for(length):
+    figure, _ = panels(1, header=0.5)
+    legend(figure, [remark("x" * length)] * 4, 3)
+    figure.draw_without_rendering()
+    (drawn,) = figure.legends
+    box = drawn.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width
