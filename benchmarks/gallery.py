@@ -1,28 +1,28 @@
 """The gallery: every config's figure at full size, its question and its finding, made with one command.
 
-    python benchmarks/gallery.py [even2023/stepsizes ...]
+    python benchmarks/gallery.py [even2023/stepsizes ...] [--runs DIR]
 
-runs the configs named (all by default), each in a process of its own, keeps the picture of each first figure in
-`docs/images/` and writes `docs/gallery.md` from what the configs say of themselves: the question is a header's first line,
-the finding its paragraph that begins with `Finding:`. `--text` writes the page from the pictures that are there.
+runs the configs named (all by default), keeps the picture of each first figure in `docs/images/` and writes
+`docs/gallery.md` from what the configs say of themselves: the question is a header's first line, the finding its paragraph
+that begins with `Finding:`. With `--runs` the runs are kept in DIR, and those that are there are drawn without training
+again; `--text` writes the page from the pictures that are there.
 """
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
+import io
 import time
 from pathlib import Path
 
+import xarray as xr
 import yaml
 from PIL import Image
 
+import dlnlab
 from dlnlab import figures
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = 1000
-"""Pixels of a picture."""
+DPI = 150
+"""Pixels an inch: a column of a paper is 510 wide, a page 1050."""
 
 
 def configs() -> list[str]:
@@ -34,7 +34,7 @@ def configs() -> list[str]:
 def header(name: str) -> list[str]:
     """The paragraphs of a config's opening comment, each on one line."""
     lines = []
-    for line in (ROOT / "configs" / f"{name}.yaml").read_text().splitlines():
+    for line in config_of(name).read_text().splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("#").strip())
@@ -59,39 +59,49 @@ def picture_of(name: str) -> Path:
     return ROOT / "docs" / "images" / f"{name}.png"
 
 
-def first_figure(name: str) -> str:
-    """The name of a config's first figure, which its files bear."""
-    chosen = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["figures"][0]
-    arguments = chosen.get("init_args", {})
-    return getattr(figures, chosen["class_path"])(**arguments).name
+def config_of(name: str) -> Path:
+    """Where a config lies."""
+    return ROOT / "configs" / f"{name}.yaml"
 
 
-def draw(name: str) -> float:
-    """Run a config at full size and keep its first figure; the seconds it took.
+def results_of(name: str, runs: Path | None = None) -> dict[str, xr.Dataset]:
+    """What a config records at full size, by `main` and its variants.
 
-    Raises:
-        RuntimeError: If the run fails.
+    Args:
+        name: The config's name.
+        runs: A folder in which runs are kept; a run that has ended there is read instead of made. None keeps none.
     """
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as root:
-        command = [sys.executable, "-m", "dlnlab", "fit", "--config", str(ROOT / "configs" / f"{name}.yaml"),
-                   "--trainer.default_root_dir", root]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr}")
-        run = Path(root) / done.stdout.splitlines()[-1].removeprefix("run: ")
-        shrink(run / "figures" / f"{first_figure(name)}.png", picture_of(name))
-    return time.perf_counter() - began
+    if runs is None:
+        return dlnlab.run_all(config_of(name))
+    if not (found := sorted((runs / name).glob("lightning_logs/*/version_*"))):
+        return dlnlab.run_all(config_of(name), directory=runs / name)
+    variants = yaml.safe_load(config_of(name).read_text()).get("variants", {})
+    folders = {"main": found[-1], **{variant: found[-1] / "variants" / variant for variant in variants}}
+    return {run: dlnlab.load_results(folder) for run, folder in folders.items()}
 
 
-def shrink(source: Path, target: Path) -> None:
-    """A picture of `WIDTH` pixels in few colours."""
-    target.parent.mkdir(exist_ok=True)
-    picture = Image.open(source).convert("RGB")
-    if picture.width > WIDTH:
-        picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+def draw(name: str, runs: Path | None = None) -> int:
+    """Draw a config's first figure at full size and keep it; the bytes it takes."""
+    chosen = yaml.safe_load(config_of(name).read_text())["figures"][0]
+    results = results_of(name, runs)
+    figure = getattr(figures, chosen["class_path"])(**chosen.get("init_args", {}))
+    drawn = io.BytesIO()
+    figure.draw(results.pop("main"), **results).savefig(drawn, format="png", dpi=DPI)
+    shrink(drawn, picture_of(name))
+    return picture_of(name).stat().st_size
+
+
+def shrink(source: Path | io.BytesIO, target: Path) -> None:
+    """Write a picture as a PNG of fewer bytes and of the same pixels.
+
+    Args:
+        source: The picture.
+        target: Where to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(source)
+    opaque = picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (255, 255)
+    (picture.convert("RGB") if opaque else picture).save(target, optimize=True)
 
 
 def page() -> str:
@@ -131,11 +141,14 @@ def main() -> None:
     """Run what was asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", help="names, as even2023/stepsizes; all by default")
+    parser.add_argument("--runs", type=Path, help="a folder for the runs; those that are there are not made again")
     parser.add_argument("--text", action="store_true", help="write the page only")
     arguments = parser.parse_args()
     if not arguments.text:
         for name in arguments.configs or [name for name in configs() if name != "quickstart"]:
-            print(f"{name}: {draw(name):.0f} s", flush=True)
+            began = time.perf_counter()
+            size = draw(name, arguments.runs)
+            print(f"{name}: {size:,} bytes, {time.perf_counter() - began:.0f} s", flush=True)
     (ROOT / "docs" / "gallery.md").write_text(page())
 
 

@@ -1,10 +1,15 @@
 import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from dlnlab.figures.base import colours, panels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -20,6 +25,20 @@ def test_every_contender_of_a_comparison_takes_its_steps(script, monkeypatch):
     assert [row[0].removeprefix("| ") for row in rows[2:]] == ours + [f"a fit, beside {name}" for name in ours[:-2]]
     for row in rows[2:]:
         assert float(row[1].split("x")[0].split(" ns")[0].replace(",", "")) > 0
+
+
+def test_a_picture_of_the_gallery_has_every_pixel_as_it_was_drawn(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gallery = importlib.import_module("gallery")
+    figure, (panel,) = panels(1)
+    for colour in colours(300):  # more than a palette of a picture has
+        panel.plot([0, 1], np.random.default_rng(0).random(2), color=colour, alpha=0.5)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=gallery.DPI)
+    gallery.shrink(drawn, tmp_path / "made" / "picture.png")
+    pixels, kept = (np.asarray(Image.open(file).convert("RGBA")) for file in (drawn, tmp_path / "made" / "picture.png"))
+    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 256
+    np.testing.assert_array_equal(kept, pixels)
 
 
 @pytest.mark.slow

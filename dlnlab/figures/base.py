@@ -186,12 +186,17 @@ def legend(figure: Canvas, handles: list[Any], columns: int) -> None:
     Args:
         figure: The figure.
         handles: Its entries; with none, no legend is made.
-        columns: How many entries stand side by side.
+        columns: How many entries stand side by side, where the figure is wide enough for that.
     """
-    if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False,
-                      fontsize=SMALL_FONT_SIZE, handlelength=1.8, columnspacing=1.2, labelspacing=0.25,
-                      borderaxespad=0.1)  # fmt: skip
+    if not handles:
+        return
+    for number in range(columns, 0, -1):
+        made = figure.legend(handles=handles, loc="outside upper center", ncols=number, frameon=False,
+                             fontsize=SMALL_FONT_SIZE, handlelength=1.8, columnspacing=1.2, labelspacing=0.25,
+                             borderaxespad=0.1)  # fmt: skip
+        if number == 1 or made.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width:
+            return
+        made.remove()
 
 
 def spread(sizes: Iterable[int], middle: str = "median", of: str = "seeds") -> list[Any]:

@@ -40,7 +40,7 @@ class RankFigure(Figure):
         x: `step` or `time`.
         log_time: Draw it logarithmically.
         leave_out: Variants (or `main`) that are not drawn: what others start from.
-        labels: Texts for variants (`main` is the run itself).
+        labels: Texts for variants (`main` is the run itself) and for values of axes that are names.
         name: The files' name without suffix; None is the class's in snake_case.
 
     Raises:
@@ -171,7 +171,7 @@ def cells(
         dataset: A run's results.
         variants: Those of its variants.
         leave_out: Variants (or `main`) without cells.
-        labels: Words for variants (`main` is the run itself).
+        labels: Words for variants (`main` is the run itself) and for values of axes.
 
     Returns:
         The cells; an axis of one value is not worth words.
@@ -188,7 +188,8 @@ def cells(
             cell = data.isel(dict(zip(axes, place, strict=True))).transpose("seed", "step", ...)
             values = {axis: cell[axis].item() for axis in varied}
             named = [run, *(f"{axis.replace('_', ' ')} {_shown(value)}" for axis, value in values.items())]
-            said = [labels.get(variant, run), *(value_label(axis, value, data) for axis, value in values.items())]
+            of_axes = (labels.get(value, value_label(axis, value, data)) for axis, value in values.items())
+            said = [labels.get(variant, run), *of_axes]
             found.append(Line(*(", ".join(filter(None, parts)) or "all" for parts in (named, said)), cell))
     return found
 

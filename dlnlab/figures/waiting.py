@@ -24,7 +24,7 @@ class WaitingFigure(Figure):
 
     Args:
         leave_out: Variants (or `main`) that are not drawn: what others start from.
-        labels: Texts for variants (`main` is the run itself).
+        labels: Texts for variants (`main` is the run itself) and for values of axes that are names.
         name: The files' name without suffix; None is the class's in snake_case.
 
     Raises:

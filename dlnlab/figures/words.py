@@ -120,6 +120,18 @@ WORDS = {
     "steps_to_converge": "steps to converge",
     "rate": "rate of convergence",
     "lyapunov": "Lyapunov exponent",
+    # Errors of exact laws, relative to their terms.
+    "eps_law_error": "error of the residual's law",
+    "norm_squared_law_error": "error of the squared norm's law",
+    "imbalance_law_error": "error of the imbalance's law",
+    "escape_law_error": "error of the divergence line's law",
+    "norm_squared_error": "error of the squared norm's limit",
+    "divergence_error": "wrong side of the divergence line",
+    "layer_imbalance_error": "error of the layers' imbalance",
+    "square_norm_error": "error of the squared norm's law",
+    "representation_error": "error of the representation cost",
+    "trace_error": "standard error of the trace",
+    "batch_sharpness_error": "standard error of the batch sharpness",
 }
 """Words for a name where they are not the name itself."""
 
@@ -135,7 +147,8 @@ def words(name: str, data: xr.Dataset | None = None) -> str:
         data: The results, which tell what their `distance` measures.
 
     Returns:
-        Words for it; for a name that dlnlab does not know, the name with spaces for underscores.
+        Words for it, of a ratio `a_over_b` those of its parts; for a name that dlnlab does not know, the name with spaces
+        for underscores.
 
     Example:
         >>> words("error_unperturbed"), words("my_variable")
@@ -143,4 +156,7 @@ def words(name: str, data: xr.Dataset | None = None) -> str:
     """
     if name == "distance" and data is not None and name in data:
         return _DISTANCES.get(data[name].attrs.get("units"), name)
-    return WORDS.get(name, re.sub("_+", " ", name).strip())
+    if name in WORDS:
+        return WORDS[name]
+    above, over, below = name.partition("_over_")
+    return f"{words(above)} over {words(below)}" if over else re.sub("_+", " ", name).strip()

@@ -153,6 +153,15 @@ def test_a_law_is_a_line_of_its_power_through_the_first_line():
     np.testing.assert_allclose(a[1], 5 * a[0] ** -4)
 
 
+def test_a_panel_of_several_quantities_is_called_by_a_text_of_its_own_or_by_all_of_them(grid):
+    data = grid[1].assign(test_loss=2 * grid[1].distance)
+    both = [["distance", "test_loss"]]
+    assert CurveFigure(both).draw(data).axes[0].get_ylabel() == "distance\ntest loss"
+    named = CurveFigure(both, labels={"distance, test_loss": "error", "distance": "of beta"}).draw(data)
+    assert named.axes[0].get_ylabel() == "error"
+    assert {"of beta", "test loss"} <= set(legend(named))
+
+
 def test_labels_and_linear_axes_are_those_given(grid):
     _, data = grid
     labels = {"main": "SGD", "lr": "gamma =", "distance": "error", "step": "k"}

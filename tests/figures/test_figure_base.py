@@ -1,4 +1,5 @@
 import csv
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from subprocess import run
@@ -9,7 +10,10 @@ import pytest
 import xarray as xr
 
 from dlnlab.figures import Figure
-from dlnlab.figures.base import COLUMN_WIDTH, colours, log_axis, panels, quantiles
+from dlnlab.figures.base import COLUMN_WIDTH, colours, draw_levels, legend, log_axis, panels, quantiles, remark
+from dlnlab.figures.words import WORDS, words
+from dlnlab.recorder import TAGS
+from dlnlab.results import UNITS, UNOBSERVED
 
 
 class CubesByRank(Figure):
@@ -99,17 +103,72 @@ def test_a_median_is_finite_where_fewer_than_half_are_infinite(count):
         assert np.isfinite(quantiles(values, (0.5,))[0]) == (lost < count / 2)
 
 
-@pytest.mark.parametrize("low, high", [(0.3, 0.3), (0.021, 0.049), (0.6, 2.0), (1e-2, 2.0), (1e-20, 1e3), (3e-9, 4e-9)])
-def test_a_logarithmic_axis_shows_its_range_and_labels_it(low, high):
+_ENDS = [(0.3, 0.3), (0.021, 0.049), (0.6, 2.0), (1e-2, 2.0), (1e-20, 1e3), (3e-9, 4e-9), (1.2, 1.9), (2.1, 4.9),
+         (0.55, 9.5), (0.11, 9.9), (20, 999), (1.0001e-7, 9.9e-6), (0.99, 1.01)]  # fmt: skip
+
+
+def labelled(axis):
+    """Texts of an axis's major ticks that are seen."""
+    first, last = sorted(axis.get_view_interval())
+    return [tick.label1.get_text() for tick in axis.get_major_ticks() if first <= tick.get_loc() <= last]
+
+
+@pytest.mark.parametrize("low, high", _ENDS)
+def test_a_logarithmic_axis_shows_its_range_and_labels_at_least_two_ticks(low, high):
     figure, (panel,) = panels(1)
     log_axis(panel.yaxis, low, high)
     figure.draw_without_rendering()
     first, last = panel.get_ylim()
-    labelled = [tick for tick in panel.yaxis.get_major_ticks() if first <= tick.get_loc() <= last]
     assert first < low <= high < last
-    assert labelled and all(tick.label1.get_text() for tick in labelled)
+    texts = labelled(panel.yaxis)
+    assert 2 <= len(texts) <= 8 and all(texts) and len(set(texts)) == len(texts)
+
+
+def test_the_ticks_of_a_logarithmic_axis_are_those_of_its_limits_now():
+    figure, (panel,) = panels(1)
+    log_axis(panel.xaxis, 1e-3, 1e3)
+    panel.set_xlim(2.1, 4.9)
+    figure.draw_without_rendering()
+    assert len(labelled(panel.xaxis)) > 1
+
+
+def test_every_name_in_the_records_has_words_without_underscores_and_an_unknown_one_is_shown_with_spaces():
+    for name in [*TAGS, *UNITS, *WORDS]:
+        assert "_" not in re.sub(r"\$.*?\$", "", words(name)), name
+    assert words("gamma_max_over_flow_edge") == r"$\gamma_{\max}$ over 2/sharpness at the flow's end"
+    assert words("my_own_variable") == "my own variable"
+
+
+def test_the_distance_is_called_what_it_measures():
+    for units, label in (
+        (UNITS["distance"], "squared distance to the teacher"),
+        (UNOBSERVED, "error, unobserved entries"),
+    ):
+        data = xr.Dataset({"distance": ((), 1.0, {"units": units})})
+        assert words("distance", data) == label
+    assert words("distance", xr.Dataset({"distance": ((), 1.0)})) == "distance"
+
+
+def test_names_of_levels_stand_beside_the_panel_where_they_hide_nothing():
+    figure, (panel,) = panels(1)
+    panel.plot([0, 1], [0, 1])
+    draw_levels(panel, {"low": 0.2, "high": 0.8, "lost": np.inf})
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in panel.texts] == ["high", "low"]
+    for text in panel.texts:
+        assert text.get_window_extent().x0 >= panel.get_window_extent().x1
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 20])
 def test_no_two_lines_have_the_same_colour(count):
     assert len({str(colour) for colour in colours(count)}) == count
+
+
+@pytest.mark.parametrize("length", [3, 25, 45])
+def test_a_legend_has_no_more_columns_than_the_figure_has_room_for(length):
+    figure, _ = panels(1, header=0.5)
+    legend(figure, [remark("x" * length)] * 4, 3)
+    figure.draw_without_rendering()
+    (drawn,) = figure.legends
+    box = drawn.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width

@@ -45,7 +45,7 @@ def test_a_map_is_the_same_whatever_order_its_axes_stand_in(grid):
 def test_a_map_has_a_colour_for_every_cell_a_key_for_every_line_and_what_has_not_converged(grid):
     figure = MapFigure(lines={"edge": [1, 2]}, labels={"edge": "theory"}).draw(grid)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["theory = 1", "theory = 2", "running", "diverged"]
+    assert texts == ["theory = 1", "theory = 2", "running", "diverged", "medians of 3 seeds"]
     panel = figure.axes[0]
     assert panel.get_xscale() == panel.get_yscale() == "log"
     drawn = panel.collections[2].get_array()  # behind running and diverged

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import poisson
 
 from dlnlab.figures import EndsFigure, GridMapFigure, RankFigure, WaitingFigure
+from dlnlab.figures.waiting import rate_interval
 
 
 def results(lrs=(0.1, 0.2), seeds=3, steps=(0, 10, 20), distance=0.5):
@@ -148,3 +150,11 @@ def test_waits_are_drawn_with_a_line_for_each_rank():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["rank 3 to 2", "rank 2 to 1"]
     with pytest.raises(ValueError, match="needs rank and jump_steps; add RankTracker and RankJumps"):
         WaitingFigure().check({"rank"}, {})
+
+
+@pytest.mark.parametrize("events", [0, 1, 7, 300])
+def test_the_interval_of_a_rate_covers_what_poisson_counts_say(events):
+    low, high = rate_interval(events, 1e5)
+    assert poisson.cdf(events, high * 1e5) == pytest.approx(0.025)
+    assert low == 0 if events == 0 else poisson.sf(events - 1, low * 1e5) == pytest.approx(0.025)
+    assert rate_interval(0, 0.0) == (0.0, np.inf)

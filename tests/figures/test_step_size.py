@@ -189,6 +189,18 @@ def test_nothing_is_marked_where_every_step_size_converges(grid):
     assert np.isnan(StepSizeFigure().table(grid)["largest_converging_lr"]).all()
 
 
+def test_vertical_lines_at_one_place_are_drawn_beside_each_other():
+    status = np.full((5, 2, 4), "converged", dtype="<U9")
+    status[3:] = "diverged"
+    figure = StepSizeFigure().draw(results(1.0, status, lr=LR, batch_size=["1", "full"], seed=range(4)))
+    drawn = [line for line in figure.axes[0].lines if line.get_linestyle() in ("--", ":")]
+    at = [
+        (line.get_xdata()[0], round(line.get_transform().transform((line.get_xdata()[0], 0))[0], 3)) for line in drawn
+    ]
+    assert [place for place, _ in at] == [0.2, 0.2, 0.4, 0.4]
+    assert len(set(at)) == 4
+
+
 def test_without_seeds_a_line_is_the_values_themselves_and_has_no_band():
     figure = StepSizeFigure().draw(results([3.0, 1.0, 2.0], ["converged", "converged", "running"], 1.0, lr=LR[:3]))
     ((_, y),) = medians(figure)
