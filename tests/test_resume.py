@@ -119,7 +119,8 @@ def test_a_finished_run_that_is_resumed_repeats_its_end(program, reference, fini
     before = {path.name: path.read_bytes() for path in (finished / RUN / "results").iterdir()}
     code, output = program(finished, resume=True)
     assert code == 0
-    assert output.splitlines() == ["members: 9 running, 0 converged, 3 diverged", f"run: {RUN}"]
+    causes = "3 not finite"
+    assert output.splitlines() == [f"members: 9 running, 0 converged, 3 diverged ({causes})", f"run: {RUN}"]
     assert difference(finished, reference) is None
     assert {path.name: path.read_bytes() for path in (finished / RUN / "results").iterdir()} == before
 
