@@ -282,7 +282,7 @@ def difference(folder: Path, other: Path, last: str = "last.ckpt") -> str | None
     if not load_results(folder / RUN).identical(load_results(other / RUN)):
         return "results"
     one, two = (AtomicCheckpointIO().load_checkpoint(path / RUN / "checkpoints" / last) for path in (folder, other))
-    for key in ("global_step", "state_dict", "optimizer_states", "dlnlab_kept"):
+    for key in ("global_step", "state_dict", "optimizer_states", "dlnlab_kept", "dlnlab_guard"):
         if not same(one[key], two[key]):
             return f"checkpoint: {key}"
     if one["callbacks"]["Recorder"]["last_recorded"] != two["callbacks"]["Recorder"]["last_recorded"]:

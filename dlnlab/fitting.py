@@ -145,7 +145,8 @@ class Run(LightningCLI):
                             "the last config file's stem unless given.")  # fmt: skip
         parser.add_argument("--seed", type=int, default=0, help="The root of all random streams.")
         parser.add_argument("--init_from", type=str | None, default=None, help="RUN or RUN@STEP: a fit starts, at step "
-                            "0, from the parameters of another run's last checkpoint, or the one of STEP.")  # fmt: skip
+                            "0, from the parameters of another run's last checkpoint, or the one of STEP. Members "
+                            "that had diverged there stay diverged.")  # fmt: skip
         parser.add_argument("--ensemble", type=dict[str, Any], default={}, help="Named axes, whose product is the "
                             "members: {lr: {log10: [-2, 0, 9]}, batch_size: [1, full], seed: 20}.")  # fmt: skip
         about_checkpoint = _CKPT_PATH["fit" if self.command == "fit" else "evaluation"]

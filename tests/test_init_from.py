@@ -1,11 +1,14 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
 
 import dlnlab
 from dlnlab.checkpoint import AtomicCheckpointIO
@@ -84,12 +87,75 @@ def test_axes_may_differ_where_the_number_of_members_agrees(first, fit):
     assert dict(dlnlab.load_results(run).sizes)["lr"] == 4
 
 
-def test_members_that_had_stopped_run_again(first, fit, tmp_path):
-    stopped = fit("--ensemble.lr", "[0.05, 50]", "--name", "stopped")
-    assert set(dlnlab.load_results(stopped).status.isel(step=-1).values.ravel()) == {"running", "diverged"}
-    results = dlnlab.load_results(fit("--init_from", stopped))
-    assert set(results.status.isel(step=0).values.ravel()) == {"running"}
-    assert set(results.stopped_at.values.ravel()) == {-1}
+def test_members_that_had_diverged_stay_so_with_the_step_and_those_that_had_converged_run_again(fit):
+    stopped = fit("--ensemble.lr", "[0.05, 50]", "--guard.tol", 0.15, "--name", "stopped")
+    before = dlnlab.load_results(stopped)
+    assert set(before.status.isel(step=-1).values.ravel()) == {"converged", "diverged", "running"}
+    measured = ["--trainer.callbacks+", "PredictorNorm", "--trainer.callbacks+", "Thresholds"]
+    run = fit("--init_from", stopped, *measured, "--data.init_args.noise_std", 0)
+    after = dlnlab.load_results(run)
+    gone = before.status.isel(step=-1).values == "diverged"
+    assert (after.status.values == "diverged").any(-1).tolist() == gone.tolist()
+    assert (after.status.values[gone] == "diverged").all()
+    assert (after.status.isel(step=0).values[~gone] == "running").all()
+    np.testing.assert_array_equal(after.stopped_at.values[gone], before.stopped_at.values[gone])
+    assert set(after.diverged_by.values[gone]) == {"source"}
+    np.testing.assert_array_equal(after.beta.values[gone], before.beta.isel(step=[-1] * 41).values[gone])
+    for name in ("l1_norm", "gamma_max"):
+        assert (after[name].isel(step=-1).isnull().values == gone).all()
+    assert after.source_lr.dims == ("lr",)
+    assert after.source_lr.values.tolist() == [0.05, 50]
+    assert "source_seed" not in after.coords  # that is the new run's own
+    fit(
+        "--init_from",
+        stopped,
+        *measured,
+        "--data.init_args.noise_std",
+        0,
+        "--ckpt_path",
+        run / "checkpoints" / "step=20.ckpt",
+    )
+    assert dlnlab.load_results(run).identical(after)
+
+
+def test_chains_of_variants_carry_what_had_diverged_and_the_axes_of_every_run_before(tmp_path):
+    config = yaml.safe_load(CONFIG)
+    config["ensemble"] = {"lr": [0.05, 50.0], "seed": 3}
+    config["variants"] = {
+        "second": {"after": "main", "ensemble": {"batch_size": [1, "full"], "seed": 3}},
+        "third": {"after": "second", "ensemble": {"seed": {"range": [5, 11]}}},
+    }
+    main_run, second, third = dlnlab.run_all(config, directory=tmp_path).values()
+    gone = (main_run.status.isel(step=-1) == "diverged").values.ravel()
+    assert gone.tolist() == [False] * 3 + [True] * 3
+    for later in (second, third):
+        assert ((later.status == "diverged").values.reshape(6, -1) == gone[:, None]).all()
+        np.testing.assert_array_equal(later.stopped_at.values.ravel(), main_run.stopped_at.values.ravel())
+    assert second.source_lr.dims == ("batch_size",)
+    assert third.source_batch_size.values.tolist() == ["1"] * 3 + ["full"] * 3
+    assert third.source_lr.values.tolist() == [0.05] * 3 + [50.0] * 3
+    assert third.source_seed.values.tolist() == [0, 1, 2] * 2
+    # TensorBoard's medians are those of the members that do take steps.
+    cells = Path(third.encoding["source"]) / "cells"
+    (file,) = cells.glob("*/events*")
+    shown = {
+        value.tag: float(make_ndarray(value.tensor))
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if event.step == 40
+    }
+    assert (shown["members/diverged"], shown["members/running"]) == (3, 3)
+    np.testing.assert_allclose(shown["loss/train"], np.median(third.train_loss[:3, -1]), rtol=1e-6)  # float32
+
+
+def test_a_checkpoint_without_the_first_losses_is_one_error(first, fit, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    path = copy / "checkpoints" / "step=20.ckpt"
+    state = torch.load(path, weights_only=True)
+    del state["dlnlab_guard"]
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    assert "written by an earlier version of dlnlab" in fit("--ckpt_path", path, code=2)
 
 
 def test_what_it_started_from_is_recorded_and_the_run_can_be_run_again(first, fit):

@@ -119,9 +119,8 @@ def test_a_finished_run_that_is_resumed_repeats_its_end(program, reference, fini
     before = {path.name: path.read_bytes() for path in (finished / RUN / "results").iterdir()}
     code, output = program(finished, resume=True)
     assert code == 0
-    members, run = output.splitlines()
-    assert members.startswith("members: 9 running, 0 converged, 3 diverged (1 loss above 1e+10 times ")
-    assert members.endswith("; 2 not finite)") and run == f"run: {RUN}"
+    causes = "3 not finite"
+    assert output.splitlines() == [f"members: 9 running, 0 converged, 3 diverged ({causes})", f"run: {RUN}"]
     assert difference(finished, reference) is None
     assert {path.name: path.read_bytes() for path in (finished / RUN / "results").iterdir()} == before
 

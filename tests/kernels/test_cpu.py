@@ -13,6 +13,7 @@ from dlnlab import streams
 from dlnlab.kernels import Factors, Rates, cpu, cpu_steps, diagonal_steps
 from dlnlab.kernels.cpu import DiagonalKernel
 from dlnlab.kernels.diagonal import Batches, Guard, Records
+from dlnlab.kernels.guard import ABOVE_BOUND, NOT_FINITE
 
 N, D = 5, 3
 REPLACEMENT, SUBSET, EPOCHS = range(len(streams.SAMPLINGS))
@@ -346,9 +347,9 @@ def full_loss(setting):
 
 
 def guarded_reference(setting, stop, tol, bound, every_n_steps):
-    """The guard by the book: check, keep, freeze, take back; returns status, stopped_at and steps taken."""
+    """The guard by the book: check, keep, freeze, take back; returns status, stopped_at, cause and steps taken."""
     members = range(len(setting.lr))
-    status, stopped_at = [0] * len(members), [-1] * len(members)
+    status, stopped_at, cause = [0] * len(members), [-1] * len(members), [0] * len(members)
     taken = 0
     for m in members:
         alone = setting.pick(torch.tensor([m])).clone()
@@ -359,8 +360,9 @@ def guarded_reference(setting, stop, tol, bound, every_n_steps):
             now = end
             if now % every_n_steps == 0:
                 loss, factors = float(full_loss(alone)), alone.factors
-                largest = torch.maximum(factors.w_plus.abs(), factors.w_minus.abs()).max()
-                if not (loss <= bound and largest <= bound):
+                finite = bool(torch.cat((factors.w_plus, factors.w_minus)).isfinite().all()) and math.isfinite(loss)
+                if not (finite and loss <= bound[m]):
+                    cause[m] = ABOVE_BOUND if finite else NOT_FINITE
                     status[m], stopped_at[m], alone = DIVERGED, max(now - every_n_steps, 0), kept
                 else:
                     kept = alone.clone()
@@ -369,7 +371,7 @@ def guarded_reference(setting, stop, tol, bound, every_n_steps):
         taken = max(taken, now)
         for name, value in tensors(setting).items():
             value[m] = tensors(alone)[name][0]
-    return status, stopped_at, taken
+    return status, stopped_at, cause, taken
 
 
 @pytest.mark.parametrize("sizes", [(0,), (1,), (2, 0)])
@@ -377,13 +379,16 @@ def guarded_reference(setting, stop, tol, bound, every_n_steps):
 def test_the_guard_freezes_and_takes_back_as_the_reference_does(sizes, num_members):
     setting = make(num_members=num_members, sizes=sizes, num_problems=1, lr=0.03, scale=0.5)
     setting.lr[1::4] = 50.0  # these diverge at once
+    bound = torch.full((num_members,), 1e10, dtype=torch.float64)
+    bound[2] = 1e-3 * full_loss(setting)[2]
     theirs = setting.clone()
     status, stopped_at = torch.zeros(num_members, dtype=torch.int8), torch.full((num_members,), -1)
-    guard = Guard(1e-8, 1e10, 20, setting.factors.map(torch.clone))
+    guard = Guard(1e-8, bound, 20, setting.factors.map(torch.clone))
     taken = setting.advance(0, 5000, status=status, stopped_at=stopped_at, guard=guard)
-    expected = guarded_reference(theirs, 5000, 1e-8, 1e10, 20)
+    expected = guarded_reference(theirs, 5000, 1e-8, bound, 20)
     assert set(expected[0]) == {CONVERGED, DIVERGED}
-    assert (status.tolist(), stopped_at.tolist(), taken) == expected
+    assert set(expected[2]) == {0, ABOVE_BOUND, NOT_FINITE}
+    assert (status.tolist(), stopped_at.tolist(), guard.cause.tolist(), taken) == expected
     assert_close(setting, theirs, 1e-11)  # rounding along a path that converges
 
 

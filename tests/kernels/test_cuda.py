@@ -27,6 +27,7 @@ from test_cpu import (
 from dlnlab import streams
 from dlnlab.kernels import cuda
 from dlnlab.kernels.diagonal import Guard, Records
+from dlnlab.kernels.guard import ABOVE_BOUND, NOT_FINITE
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -220,13 +221,16 @@ def test_rows_are_those_of_the_streams(sampling, start, length, count, size):
 def test_the_guard_freezes_and_takes_back_as_the_reference_does(sizes, narrow):
     setting = make(num_members=9, sizes=sizes, num_problems=1, lr=0.06, scale=0.8)
     setting.lr[1::5] = 50.0  # these diverge at once
+    bound = torch.full((9,), 1e10, dtype=torch.float64)
+    bound[2] = 1e-3 * full_loss(setting)[2]
     theirs = setting.clone()
     status, stopped_at = torch.zeros(9, dtype=torch.int8), torch.full((9,), -1)
-    guard = Guard(1e-2, 1e10, 20, setting.factors.map(torch.clone))
+    guard = Guard(1e-2, bound, 20, setting.factors.map(torch.clone))
     taken = advance(setting, 0, 400, status=status, stopped_at=stopped_at, guard=guard)
-    expected = guarded_reference(theirs, 400, 1e-2, 1e10, 20)
+    expected = guarded_reference(theirs, 400, 1e-2, bound, 20)
     assert set(expected[0]) == {CONVERGED, DIVERGED}
-    assert (status.tolist(), stopped_at.tolist(), taken) == expected
+    assert set(expected[2]) == {0, ABOVE_BOUND, NOT_FINITE}
+    assert (status.tolist(), stopped_at.tolist(), guard.cause.tolist(), taken) == expected
     assert_close(setting, theirs, 1e-12)  # rounding along a path that converges
 
 

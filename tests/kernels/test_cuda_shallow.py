@@ -43,7 +43,7 @@ def run(advance, cuts=(0, 70), members=None, tol=0.0, every=10, lr=0.3, steps=ST
         taken += advance(state, course, start, stop, status, stopped_at, rule, log, rates=rates)
         logs.append([*vars(log.state).values(), log.status])
     log = [torch.cat(parts) for parts in zip(*logs, strict=True)]
-    found = [*vars(state).values(), *vars(rule.kept).values(), *log, status, stopped_at]
+    found = [*vars(state).values(), *vars(rule.kept).values(), rule.cause, *log, status, stopped_at]
     return [tensor.cpu() for tensor in found], taken
 
 
