@@ -150,9 +150,17 @@ def read_segment(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         DamagedFileError: If the segment is not as it was written.
+        ResultError: If it holds anything but plain arrays.
     """
-    with np.load(io.BytesIO(read_verified(path)), allow_pickle=False) as archive:
-        return dict(archive)
+    content = read_verified(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except Exception:  # numpy, zipfile and zlib each raise their own
+        arrays = {}
+    if "dims" not in arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ResultError(f"{path} is no segment of results: anything but plain arrays is never loaded")
+    return arrays
 
 
 def load_results(run: str | Path) -> xr.Dataset:
