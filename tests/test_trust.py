@@ -1,6 +1,7 @@
 """docs/trust.md: what dlnlab reads, it never runs. (Tables: test_tables.py; the command line: test_bad_input.py.)"""
 
 import ast
+import base64
 import io
 import pickle
 import re
@@ -16,6 +17,7 @@ from dlnlab import strict_yaml
 from dlnlab.checkpoint import AtomicCheckpointIO, CheckpointError
 from dlnlab.files import write_atomic
 from dlnlab.results import ResultError, load_results, write_header
+from dlnlab.tables import read_table
 
 PACKAGE = Path(dlnlab.__file__).parent
 
@@ -70,6 +72,26 @@ def test_a_pickle_with_a_right_checksum_is_run_neither_as_results_nor_as_a_check
         AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=False)
     for path, caught in ((segment, of_results), (checkpoint, of_checkpoint)):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pickled_type_in_a_parquet_file_is_not_run(mark, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+
+    class Type(pa.ExtensionType):
+        def __init__(self):
+            super().__init__(pa.int64(), "arrow.py_extension_type")
+
+        def __arrow_ext_serialize__(self):
+            return pickle.dumps(Malicious(mark))
+
+    import pyarrow.parquet
+
+    column = pa.ExtensionArray.from_storage(Type(), pa.array([1, 2]))
+    path = tmp_path / "my.parquet"
+    pyarrow.parquet.write_table(pa.table({"a": column, "b": [3.0, 4.0]}), path)
+    schema = base64.b64decode(pyarrow.parquet.read_metadata(path).metadata[b"ARROW:schema"])
+    assert pickle.dumps(Malicious(mark)) in schema
+    assert read_table(path).numbers(["b"]).tolist() == [[3], [4]]
 
 
 @pytest.mark.parametrize(
