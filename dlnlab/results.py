@@ -227,6 +227,7 @@ def read_segment(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         DamagedFileError: If the segment is not as it was written.
+        ResultError: If it holds anything but plain arrays.
     """
     return _arrays(path, read_verified(path))
 

@@ -24,14 +24,14 @@ class CurvesFigure(Figure):
         if self.variable not in variables or "lr" not in axes:
             raise ValueError(f"CurvesFigure: needs an lr axis and {self.variable!r}, recorded: {sorted(variables)}")
 
-    def table(self, dataset: xr.Dataset) -> dict[str, np.ndarray]:
+    def table(self, dataset: xr.Dataset, **variants: xr.Dataset) -> dict[str, np.ndarray]:
         """The plotted numbers, a row for each lr and step."""
         values = dataset[self.variable]
         median = values.median([dim for dim in values.dims if dim not in ("lr", "step")]).dropna("step", how="all")
         frame = median.to_dataframe().reset_index()
         return {name: frame[name].to_numpy() for name in ("lr", "step", self.variable)}
 
-    def draw(self, dataset: xr.Dataset) -> Canvas:
+    def draw(self, dataset: xr.Dataset, **variants: xr.Dataset) -> Canvas:
         """One panel."""
         table = self.table(dataset)
         figure, (panel,) = panels(1, height=2.2)
