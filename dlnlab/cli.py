@@ -40,8 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0; 2 for a mistake found before anything was made; 1 for a failure after that; 128 and the signal's
         number (130 for Ctrl-C, 143 for SIGTERM) where a signal ended a fit, in order and with a checkpoint.
     """
-    with _lasting_streams():
-        return _main(sys.argv[1:] if argv is None else argv)
+    with _lasting_streams() as streams:
+        code = _main(sys.argv[1:] if argv is None else argv)
+    for stream in streams:
+        if stream.failure is not None:
+            print(f"dlnlab: standard output: {stream.failure.strerror}", file=sys.stderr)
+            code = code or 1
+    return code
 
 
 def _main(argv: list[str]) -> int:
@@ -64,32 +69,35 @@ def _main(argv: list[str]) -> int:
 
 
 class _Lasting(io.FileIO):
-    """A stream that goes on where nobody reads: what is written to a closed pipe or terminal is dropped."""
+    """A stream that a program can go on writing to: what nobody takes is dropped."""
+
+    failure: OSError | None = None
+    """What was wrong where somebody still waits for the text: the disk, and not a reader that has left."""
 
     def write(self, data: bytes) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                self.failure = error
             return len(data)
 
 
 @contextlib.contextmanager
-def _lasting_streams() -> Iterator[None]:
+def _lasting_streams() -> Iterator[list[_Lasting]]:
     """Let no reader that leaves (`| head`, a closed terminal) end the program or change its exit code."""
-    before = sys.stdout, sys.stderr
+    before, lasting = (sys.stdout, sys.stderr), []
     for name, stream in zip(("stdout", "stderr"), before, strict=True):
         if stream is None:  # closed by the caller: its number must not become that of a file of ours
             setattr(sys, name, open(os.devnull, "w"))
         elif stream is getattr(sys, f"__{name}__"):
             stream.flush()
-            raw = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
-            lasting = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering,
-                                       write_through=stream.write_through)  # fmt: skip
-            setattr(sys, name, lasting)
+            lasting.append(_Lasting(stream.fileno(), "wb", closefd=False))
+            text = io.TextIOWrapper(io.BufferedWriter(lasting[-1]), stream.encoding, stream.errors,
+                                    line_buffering=stream.line_buffering, write_through=stream.write_through)  # fmt: skip
+            setattr(sys, name, text)
     try:
-        yield
+        yield lasting
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -176,7 +176,7 @@ class Recorder(Callback):
         self._event_files: dict[str, EventFile] = {}
         self._cells: list[str] = []  # the runs of the cells
         self._members = np.zeros((0, 0), dtype=int)  # (cells, seeds)
-        self._schedules: dict[str, Schedule] = {}  # of variables that do not follow the recorder's
+        self._schedules: defaultdict[str, list[Schedule]] = defaultdict(list)  # of variables with schedules of their own
         self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
         self._shown_until = np.inf  # it is shown no moment from this step on: they may be recorded again
         self._invariants: tuple[str, ...] = ()
@@ -392,8 +392,9 @@ class Recorder(Callback):
         """
         self.record_block([step], {name: value[None] for name, value in values.items()}, final)
         self._dims |= dims or {}
-        if schedule is not None:
-            self._schedules |= dict.fromkeys(values, schedule)
+        for name in values if schedule is not None else ():
+            if not any(known is schedule for known in self._schedules[name]):
+                self._schedules[name].append(schedule)
 
     def record_block(self, steps: list[int], values: dict[str, Tensor], final: bool = False) -> None:
         """Take values (T, E, ...) measured at T ascending steps; see `record`."""
@@ -556,7 +557,7 @@ class Recorder(Callback):
             if _is_curve(name, values):
                 if name in self._unshown and (held := self._unshown.pop(name))[0] < steps[0]:
                     steps, values = [held[0], *steps], np.concatenate((held[1][None], values))
-                schedules = (self.schedule, self._schedules.get(name, self.schedule))
+                schedules = (self.schedule, *self._schedules.get(name, ()))
                 thinned = [schedule.thinned(_MOST_POINTS, self._end) for schedule in schedules]
                 shown = {0}.union(*(schedule.between(steps[0] - 1, steps[-1]) for schedule in thinned))
                 undefined = np.isnan(values).all(1)  # not yet, as a ratio of two zeros at step 0
@@ -635,7 +636,8 @@ class Recorder(Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, EarlyStopping) and callback.monitor in trainer.callback_metrics:
                 name = next(name for name in self._metric_steps if callback.monitor in (name, _tag(name)))
-                if self._metric_steps[name] == step and step in self._schedules.get(name, self.schedule):
+                schedules = self._schedules.get(name, (self.schedule,))
+                if self._metric_steps[name] == step and any(step in schedule for schedule in schedules):
                     check_early_stopping(callback, trainer)
 
     def _log(self, series: dict[str, tuple[list[int], np.ndarray]]) -> None:
