@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import warnings
@@ -174,6 +175,10 @@ class Run(LightningCLI):
         for section in ("record", "guard", "trainer"):
             if not isinstance(config[section], jsonargparse.Namespace):
                 raise ValueError(f"{section} = {checks.shown(config[section])}: must be a mapping")
+        if not isinstance(config.figures, list):
+            raise ValueError(
+                f"figures = {checks.shown(config.figures)}: must be a list, [{{class_path: StepSizeFigure}}]"
+            )
         self.ensemble = ensemble = configs.ensemble_of(config)
         configs.refuse_scalars_of_axes(ensemble.axes, given)
         self.resolved = configs.resolve(self.parser, self.config, self.subcommand, ensemble)
@@ -200,6 +205,7 @@ class Run(LightningCLI):
         for key, parameter in inspect.signature(Trainer).parameters.items():
             if config.get(key) is None and type(None) not in (*get_args(parameter.annotation), type(parameter.default)):
                 raise ValueError(f"trainer.{key} = null: must have a value; leave it out for {parameter.default!r}")
+        _check_devices(config["devices"])
         chosen = config["callbacks"] or []
         chosen = chosen if isinstance(chosen, list) else [chosen]
         for callback in chosen:
@@ -284,11 +290,11 @@ class Run(LightningCLI):
         variables = set(self.recorder.names)
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
-                path = PurePath(callback.filename or "")
-                if path.is_absolute() or ".." in path.parts:
+                name, kind = PurePath(callback.filename or ""), type(callback).__name__
+                if name.is_absolute() or ".." in name.parts:
                     raise ValueError(
-                        f"trainer.callbacks: {type(callback).__name__}.filename = {checks.shown(callback.filename)}: must be "
-                        "a name in the folder of checkpoints; give another folder as dirpath"
+                        f"trainer.callbacks: {kind}.filename = {str(name)!r}: must be a name in the folder of checkpoints; "
+                        "give another folder as dirpath"
                     )
             if isinstance(callback, Measurement):
                 with about("trainer.callbacks", type(callback)):
@@ -536,6 +542,17 @@ class Run(LightningCLI):
         """How a fit that was cut short goes on, the end of a sentence."""
         last = self._last_checkpoint
         return f"; go on with --ckpt_path {last}" if last is not None and last.exists() else ""
+
+
+def _check_devices(given: Any) -> None:
+    """Refuse what Lightning would stumble over in its search for devices."""
+    numbers = given if isinstance(given, list) else str(given).split(",")
+    few = isinstance(given, str | int | list) and not isinstance(given, bool) and bool(numbers)
+    if given == "auto" or (few and all(re.fullmatch(r"-?[0-9]{1,6}", str(number).strip()) for number in numbers)):
+        return
+    raise ValueError(
+        f"trainer.devices = {checks.shown(given)}: must be how many devices to train on, a list of their numbers, or auto"
+    )
 
 
 def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:

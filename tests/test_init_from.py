@@ -174,6 +174,17 @@ class Halved(DiagonalLinearNetwork):
 def test_a_source_that_is_not_there_is_one_error(first, fit):
     assert "no checkpoint at nowhere/checkpoints/last.ckpt" in fit("--init_from", "nowhere", code=2)
     assert "it has those of steps 10, 20, 30, 40" in fit("--init_from", f"{first}@25", code=2)
+    for step in ("²", "-1", "4.0", ""):
+        assert f"no checkpoint at {first}@{step}/" in (said := fit("--init_from", f"{first}@{step}", code=2))
+        assert "a step is a whole number, RUN@2000" in said
+
+
+def test_the_end_of_a_fit_that_lies_in_its_last_checkpoint_alone_is_found_by_its_step(first, fit, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    (copy / "checkpoints" / "step=40.ckpt").unlink()
+    run = fit("--init_from", f"{copy}@40")
+    np.testing.assert_array_equal(member_values(run, "beta", 0), member_values(first, "beta", 40))
 
 
 def test_a_damaged_source_is_one_error_and_no_earlier_checkpoint_takes_its_place(first, fit, tmp_path):
