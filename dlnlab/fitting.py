@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import Any, get_args
 
 import jsonargparse
@@ -38,7 +37,7 @@ from dlnlab.figures import Figure
 from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, home, trainer_mistake
 from dlnlab.models import LinearNetwork
-from dlnlab.results import HEADER, load_results, verify_segments
+from dlnlab.results import load_results, verify_segments
 from dlnlab.run_directory import claim, empty, give_back
 from dlnlab.start import Origin, Start, identity_of
 
@@ -64,13 +63,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Asked(argparse.Action):
-    """A word of the command line that is no key of a config; whoever parses has looked for it before."""
+    """A flag that is handled before parsing and stays out of the config."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, *_: Any) -> None:
-        """Nothing is kept of it."""
+        """Keep nothing of it."""
 
 
 class Run(LightningCLI):
@@ -302,9 +301,6 @@ class Run(LightningCLI):
                     variables |= set(callback.names(model))
         self.name = self._name()
         self.figures = self.config_init.fit.figures
-        for figure in self.figures:
-            if [other.name for other in self.figures].count(figure.name) > 1:
-                raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
         checks.different_names("figures", [figure.name for figure in self.figures])
         for figure in self.figures:
             with about("figures", type(figure)):
@@ -380,7 +376,7 @@ class Run(LightningCLI):
             raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
         fitting = self.subcommand == "fit"
         directory = self.directory_of_checkpoint()
-        if fitting and not (directory / "results" / HEADER).exists():
+        if fitting and not (directory / "results").is_dir():
             raise CheckpointError(
                 f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {directory} is none"
             )
@@ -514,7 +510,7 @@ class Run(LightningCLI):
         """What a fit has recorded."""
         return load_results(self.directory) if self.write else self.recorder.dataset()
 
-    def draw(self, variants: Mapping[str, "Run"] = MappingProxyType({})) -> None:
+    def draw(self, variants: Mapping[str, "Run"] | None = None) -> None:
         """Draw the figures of a fit that writes.
 
         Args:
@@ -522,7 +518,7 @@ class Run(LightningCLI):
         """
         if self.write and self.figures:
             dataset, folder = self.results(), self.directory / "figures"
-            others = {name: run.results() for name, run in variants.items()}
+            others = {name: run.results() for name, run in (variants or {}).items()}
             saved = [file for figure in self.figures for file in figure.save(dataset, folder, **others)]
             pictures = {file.stem: file for file in saved if file.suffix == ".png"}
             self.recorder.add_images(pictures, self.trainer.global_step)
@@ -546,7 +542,7 @@ class Run(LightningCLI):
 
 def _check_devices(given: Any) -> None:
     """Refuse what Lightning would stumble over in its search for devices."""
-    numbers = given if isinstance(given, list) else str(given).split(",")
+    numbers = given if isinstance(given, list) else str(given).rstrip(",").split(",")
     few = isinstance(given, str | int | list) and not isinstance(given, bool) and bool(numbers)
     if given == "auto" or (few and all(re.fullmatch(r"-?[0-9]{1,6}", str(number).strip()) for number in numbers)):
         return

@@ -34,9 +34,9 @@ class Origin:
     def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "Origin":
         """The origin of a checkpoint's run."""
         found = checkpoint.get("dlnlab_origin")
-        if found is None:
+        if not isinstance(found, dict):
             return cls(recorded=(checkpoint.get("dlnlab_config") or {}).get("init_from"))
-        return cls(found["identity"], found["step"])
+        return cls(found.get("identity"), found.get("step"))
 
     def for_checkpoint(self) -> dict[str, Any] | None:
         """The origin as a checkpoint holds it."""

@@ -357,8 +357,8 @@ case(
     {SCHEDULES: {"own": {"lr": {"a": 1}}}},
 )
 case("init-from-superscript", ["init_from = run@²", "a step is a whole number"], {}, "--init_from", "run@²")
-case("checkpoint-file-outside", ["trainer.callbacks: RunCheckpoint.filename = '../x'"],
-     callback("RunCheckpoint", filename="../x"))  # fmt: skip
+case("checkpoint-file-outside", "trainer.callbacks: ModelCheckpoint.filename = '../x': must be a name in the folder",
+     callback("lightning.pytorch.callbacks.ModelCheckpoint", filename="../x"))  # fmt: skip
 
 # Records, the guard, measurements, figures ----------------------------------------------------------------------------
 

@@ -33,14 +33,14 @@ RUNS = ("first", "second", "examples/cubic", "examples/table", "examples/mine", 
 
 
 def logs(name):
-    return f"{(Path(name).parent / 'lightning_logs' / Path(name).name).as_posix()}"
+    return (Path(name).parent / "lightning_logs" / Path(name).name).as_posix()
 
 
 def test_every_block_runs_in_order_whatever_other_runs_there_are(tmp_path, monkeypatch, capsys):
     for name in ("quickstart", *RUNS):  # those of the README, and of somebody who stopped the guide's
         (tmp_path / logs(name) / "version_0" / "results").mkdir(parents=True)
-    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "lightning_logs"),
-                    dirs_exist_ok=True)  # fmt: skip
+    others = shutil.ignore_patterns("__pycache__", "lightning_logs")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=others, dirs_exist_ok=True)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
