@@ -116,8 +116,11 @@ def test_a_resumed_run_needs_its_source_no_more_and_remembers_it(first, fit, tmp
         assert one.equals(other)
         assert one.attrs["init_from"] == other.attrs["init_from"]
         assert yaml.safe_load((cut / "config.yaml").read_text())["init_from"] == f"{copy}@40"
-    refused = ["fit", "--config", "config.yaml", "--ckpt_path", str(cut / "checkpoints" / "step=20.ckpt")]
-    assert main([*refused, "--init_from", str(first)]) == 2
+    # The run that was copied is the same one; the copy at another step, or another run, is not.
+    resume = ["fit", "--config", "config.yaml", "--ckpt_path", str(cut / "checkpoints" / "step=20.ckpt"), "--init_from"]
+    assert main([*resume, str(first)]) == 0
+    for other in (f"{first}@20", str(whole)):
+        assert main([*resume, other]) == 2
 
 
 def test_a_run_from_python_starts_from_another_too(first):
