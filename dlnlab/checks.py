@@ -98,24 +98,27 @@ def _can_name(text: str) -> bool:
         and text == text.strip(" ")
         and text[:1] not in ("", ".", "-")
         and text[-1:] != "."
-        and (not _NOT_IN_NAMES & set(text))
+        and not _NOT_IN_NAMES & set(text)
     )
 
 
 def different_names(key: str, names: Iterable[str]) -> None:
-    """Refuse names of files in one folder that some file system takes for the same, as `a` and `A`.
+    """Refuse names of files in one folder that are the same, or that some file systems take for the same, as `a` and `A`.
 
     Raises:
         ValueError: That shows both.
     """
     found: dict[str, str] = {}
     for name in names:
-        other = found.setdefault(_folded(name), name)
-        if other is not name:
+        other = found.get(_folded(name))
+        if other == name:
+            raise ValueError(f"{key}: two are called {name!r} and would overwrite each other; give a name")
+        if other is not None:
             raise ValueError(
                 f"{key}: {other!r} and {name!r} are one file name where upper and lower case are the same, and would "
                 "overwrite each other; give another name"
             )
+        found[_folded(name)] = name
 
 
 def _folded(name: str) -> str:

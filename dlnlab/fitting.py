@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import Any, get_args
 
 import jsonargparse
@@ -52,7 +51,7 @@ from dlnlab.files import hold, remove_leftovers, write_atomic
 from dlnlab.messages import about, home, trainer_mistake
 from dlnlab.models import LinearNetwork
 from dlnlab.models.trainer import ONE_DEVICE, resume_from_nothing
-from dlnlab.results import HEADER, load_results, verify_segments
+from dlnlab.results import load_results, verify_segments
 from dlnlab.run_directory import claim, empty, give_back
 from dlnlab.start import Origin, Start, identity_of
 from dlnlab.tables import TableWarning
@@ -79,13 +78,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Asked(argparse.Action):
-    """A word of the command line that is no key of a config; whoever parses has looked for it before."""
+    """A flag that is handled before parsing and stays out of the config."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, *_: Any) -> None:
-        """Nothing is kept of it."""
+        """Keep nothing of it."""
 
 
 class Run(LightningCLI):
@@ -196,6 +195,10 @@ class Run(LightningCLI):
         for section in ("record", "guard", "trainer"):
             if not isinstance(config[section], jsonargparse.Namespace):
                 raise ValueError(f"{section} = {checks.shown(config[section])}: must be a mapping")
+        if not isinstance(config.figures, list):
+            raise ValueError(
+                f"figures = {checks.shown(config.figures)}: must be a list, [{{class_path: StepSizeFigure}}]"
+            )
         self.ensemble = ensemble = configs.ensemble_of(config)
         configs.refuse_scalars_of_axes(ensemble.axes, given)
         self.resolved = configs.resolve(self.parser, self.config, self.subcommand, ensemble)
@@ -223,6 +226,7 @@ class Run(LightningCLI):
             if config.get(key) is None and type(None) not in (*get_args(parameter.annotation), type(parameter.default)):
                 raise ValueError(f"trainer.{key} = null: must have a value; leave it out for {parameter.default!r}")
         _refuse_remote("trainer.default_root_dir", config["default_root_dir"])
+        _check_devices(config["devices"])
         chosen = _listed(config["callbacks"])
         for callback in chosen:
             if isinstance(callback, Recorder | MemberGuard):
@@ -326,11 +330,11 @@ class Run(LightningCLI):
         measured: dict[str, Measurement] = {}
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
-                path = PurePath(callback.filename or "")
-                if path.is_absolute() or ".." in path.parts:
+                name, kind = PurePath(callback.filename or ""), type(callback).__name__
+                if name.is_absolute() or ".." in name.parts:
                     raise ValueError(
-                        f"trainer.callbacks: {type(callback).__name__}.filename = {checks.shown(callback.filename)}: must "
-                        "be a name in the folder of checkpoints; give another folder as dirpath"
+                        f"trainer.callbacks: {kind}.filename = {str(name)!r}: must be a name in the folder of checkpoints; "
+                        "give another folder as dirpath"
                     )
             if isinstance(callback, Measurement):
                 with about("trainer.callbacks", type(callback)):
@@ -344,9 +348,6 @@ class Run(LightningCLI):
             self._check_callback(callback)
         self.name = self._name()
         self.figures = self.config_init.fit.figures
-        for figure in self.figures:
-            if [other.name for other in self.figures].count(figure.name) > 1:
-                raise ValueError(f"figures: two are called {figure.name!r} and would overwrite each other; give a name")
         checks.different_names("figures", [figure.name for figure in self.figures])
         for figure in self.figures:
             with about("figures", type(figure)):
@@ -447,7 +448,7 @@ class Run(LightningCLI):
             raise CheckpointError(f"ckpt_path = {path}: is no checkpoint of a fit of dlnlab")
         fitting = self.subcommand == "fit"
         directory = self.directory_of_checkpoint()
-        if fitting and not (directory / "results" / HEADER).exists():
+        if fitting and not (directory / "results").is_dir():
             raise CheckpointError(
                 f"ckpt_path = {path}: a resumed fit goes on in its run directory, and {directory} is none"
             )
@@ -583,7 +584,7 @@ class Run(LightningCLI):
         """What a fit has recorded."""
         return load_results(self.directory) if self.write else self.recorder.dataset()
 
-    def draw(self, variants: Mapping[str, "Run"] = MappingProxyType({})) -> None:
+    def draw(self, variants: Mapping[str, "Run"] | None = None) -> None:
         """Draw the figures of a fit that writes.
 
         Args:
@@ -591,7 +592,7 @@ class Run(LightningCLI):
         """
         if self.write and self.figures:
             dataset, folder = self.results(), self.directory / "figures"
-            others = {name: run.results() for name, run in variants.items()}
+            others = {name: run.results() for name, run in (variants or {}).items()}
             saved = [file for figure in self.figures for file in figure.save(dataset, folder, **others)]
             pictures = {file.stem: file for file in saved if file.suffix == ".png"}
             self.recorder.add_images(pictures, self.trainer.global_step)
@@ -651,6 +652,17 @@ def _spell_out(config: Any) -> None:
                 setattr(config, name, value.value)
             else:
                 _spell_out(value)
+
+
+def _check_devices(given: Any) -> None:
+    """Refuse what Lightning would stumble over in its search for devices."""
+    numbers = given if isinstance(given, list) else str(given).rstrip(",").split(",")
+    few = isinstance(given, str | int | list) and not isinstance(given, bool) and bool(numbers)
+    if given == "auto" or (few and all(re.fullmatch(r"-?[0-9]{1,6}", str(number).strip()) for number in numbers)):
+        return
+    raise ValueError(
+        f"trainer.devices = {checks.shown(given)}: must be how many devices to train on, a list of their numbers, or auto"
+    )
 
 
 def _refuse_what_cannot_be_fitted(model: LightningModule, datamodule: LightningDataModule | None) -> None:

@@ -58,6 +58,7 @@ _WORDS = {
     "int": "a whole number",
     "str": "a text",
     "list": "a list",
+    "tuple": "a list",
     "dict": "a mapping",
     "bool": "true or false",
 }
@@ -225,7 +226,7 @@ def _explain_parser(text: str) -> str:
         sections = "" if "." in found[1] else f"; the sections are {', '.join(SECTIONS)}"
         return f"{found[1]}: there is no such key{sections}"
     if found := re.match(r"the following arguments are required: \w+\.(\S+)", text):
-        return f"{found[1]}: must be given; {known(found[1])}"
+        return f"{found[1]}: must be given; {_known(found[1])}"
     if 'Parser key "' not in text:
         return " ".join(text.split())
     key, kind, inner = _innermost(text)
@@ -266,20 +267,24 @@ def _explain_key(key: str, kind: str | None, inner: str) -> str:
         return f"{key}: {_no_argument(kind, found[1])}"
     if found := re.search(r"the following arguments are required: ([\w, ]+)", inner):
         return f"{key}: {kind.rpartition('.')[2] if kind else 'it'} needs {found[1]}"
-    if found := re.search(r"Expected a dot import path string: (\S+?)\.?(?:\s|$)", inner):
-        return f"{key}: no class {found[1]!r}; {known(key)}"
+    if found := re.search(r"Expected a dot import path string: (\S*?)\.?(?:\s|$)", inner):
+        return f"{key}: no class {found[1]!r}; {_known(key)}"
     if found := re.search(r"(?:Import path (\S+) does not correspond|Expected '(\S+)' to be )", inner):
-        return f"{key}: {found[1] or found[2]} is of another kind; {known(key)}"
+        return f"{key}: {found[1] or found[2]} is of another kind; {_known(key)}"
     given = re.search(r"(?:Got|Given) value: (.*)", inner)
     given = re.sub(r"^NestedArg\(key='[^']*', val=(.*?)\)$", r"\1", given[1]) if given else ""
     given = given.split(". Got value: ")[0]  # of a value, then of what holds it
     if found := re.search(r"(No module named|has no attribute) '([^']+)'", inner):
         return f"{key}: {_not_found(key, kind or _class_path(given), found[0], found[2])}"
+    if "Unable to load config" in inner:  # the parser takes a text for the name of a file
+        return f"{key} = {shown(re.search('Unable to load config (.*)', inner)[1][1:-1])}: must be a mapping"
+    if found := re.search(r"but (\S+) is abstract", inner):
+        return f"{key}: {found[1].rpartition('.')[2]} is abstract, a base of others; {_known(key)}"
     if "Not a valid subclass" in inner or "Expected an import path or a subclass" in inner:
         beside = re.match(r"\{'class_path': '[^']*'(?:, 'init_args': \{.*?\})?, '(?!init_args)(\w+)': ", given)
         if beside:
             return f"{key}.{beside[1]}: there is no such key; arguments of a class go under init_args"
-        return f"{key} = {_short(given)}: must be {{class_path: ..., init_args: {{...}}}}; {known(key)}"
+        return f"{key} = {_short(given)}: must be {{class_path: ..., init_args: {{...}}}}; {_known(key)}"
     allowed = dict.fromkeys(
         _WORDS[name] for name in re.findall(r"Expected an? <class '(\w+)'>", inner) if name in _WORDS
     )
@@ -314,11 +319,10 @@ def _not_found(key: str, kind: str | None, said: str, name: str) -> str:
     if said.startswith("No module") and kind and name != module and not module.startswith(f"{name}."):
         return f"{kind} cannot be imported: {said}"  # the file is there, and what it imports is not
     what = f"{module} {said}" if cls == name and not said.startswith("No module") else said
-    return f"no class {kind!r}: {what}; {known(key)}"
+    return f"no class {kind!r}: {what}; {_known(key)}"
 
 
-def known(key: str) -> str:
-    """What can be chosen at a key, the end of a message."""
+def _known(key: str) -> str:
     room = next((room for room in (_OPTIMIZER, _SCHEDULES, *_ROSTERS) if key.startswith(room)), None)
     if room is None:
         return "give a dotted class path"
@@ -341,7 +345,8 @@ def trainer_mistake(error: Exception, given: dict[str, Any]) -> Mistake:
         error: What its constructor raised.
         given: The arguments that were given.
     """
-    text = _brief(error)
+    # Lightning raises a TypeError for a value that it does not take, in words of its own.
+    text = " ".join(str(error).split()) if type(error) is TypeError else _brief(error)
     named = [key for key in given if f"{key}=" in text]
     named += [key for key in given if re.search(rf"\b{key}\b", text)]
     named += [key for key, value in given.items() if isinstance(value, str) and value and value.lower() in text.lower()]

@@ -35,9 +35,9 @@ class Origin:
     def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "Origin":
         """The origin of a checkpoint's run."""
         found = checkpoint.get("dlnlab_origin")
-        if found is None:
+        if not isinstance(found, dict):
             return cls(recorded=(checkpoint.get("dlnlab_config") or {}).get("init_from"))
-        return cls(found["identity"], found["step"])
+        return cls(found.get("identity"), found.get("step"))
 
     def for_checkpoint(self) -> dict[str, Any] | None:
         """The origin as a checkpoint holds it."""
@@ -101,20 +101,21 @@ class Start:
             CheckpointError: If there is no such checkpoint, or it is damaged.
         """
         found = re.fullmatch(r"(.*)@([0-9]{1,18})", source, re.DOTALL)
-        run, step = (found[1], found[2]) if found else (source, "")
+        run, step = (found[1], int(found[2])) if found else (source, None)
         folder = Path(run) / "checkpoints"
-        path = folder / (f"step={int(step)}.ckpt" if step else "last.ckpt")
-        if not path.is_file():
+        last = folder / "last.ckpt"
+        wanted = last if step is None else folder / f"step={step}.ckpt"
+        path = wanted if wanted.is_file() else last  # the end of a fit may lie there alone
+        try:
+            checkpoint = read_checkpoint(path) if path.is_file() else {}
+        except CheckpointError as error:
+            raise CheckpointError(f"init_from = {source}: {error}") from None
+        if not path.is_file() or step not in (None, checkpoint.get("global_step")):
             names = [re.fullmatch(r"step=([0-9]{1,18})\.ckpt", file.name) for file in folder.glob("step=*.ckpt")]
             steps = sorted(int(name[1]) for name in names if name)
             known = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
-            if "@" in source and not found:
-                known += "; a step is a whole number, RUN@2000"
-            raise CheckpointError(f"init_from = {source}: no checkpoint at {path}; {known}")
-        try:
-            checkpoint = read_checkpoint(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"init_from = {source}: {error}") from None
+            known += "; a step is a whole number, RUN@2000" if "@" in source and not found else ""
+            raise CheckpointError(f"init_from = {source}: no checkpoint at {wanted}; {known}")
         config = checkpoint.get("dlnlab_config")
         if not {"global_step", "state_dict"} <= checkpoint.keys() or not isinstance(config, dict | None):
             raise CheckpointError(f"init_from = {source}: {path} is no checkpoint of a fit")

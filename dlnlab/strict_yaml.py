@@ -1,5 +1,6 @@
 """YAML as configs are read: a mapping in which every key stands once. What is not so is refused in one line."""
 
+import contextlib
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import jsonargparse
 import yaml
+
+from dlnlab import checks
 
 _MOST_VALUES = 10_000_000
 """Beyond this, aliases of aliases make a small file larger than memory."""
@@ -19,7 +22,7 @@ def load(text: str) -> Any:
     """Jsonargparse's loader of YAML, but a repeated key is an error instead of silently taking one of the two.
 
     Raises:
-        yaml.YAMLError: If the text is no YAML, or a key is no word, or repeated.
+        yaml.YAMLError: If the text is no YAML, or a key is no word, or repeated, or a text holds a zero byte.
     """
     try:
         _check(yaml.compose(text, Loader=yaml.SafeLoader), "", {})
@@ -47,6 +50,11 @@ def check_arguments(arguments: list[str]) -> None:
             check_file(word)
         if word.startswith("--config="):
             check_file(word.partition("=")[2])
+        key, equals, value = word.partition("=")
+        key, value = (key, value) if equals else (before, word)
+        if key.startswith("--") and value.lstrip()[:1] in ("{", "["):
+            with contextlib.suppress(yaml.YAMLError):  # the parser says it better, with the key
+                _check_classes(load(value), key.removeprefix("--").rstrip("+"))
 
 
 def check_file(given: str) -> None:
@@ -75,6 +83,33 @@ def check_file(given: str) -> None:
     if not isinstance(content, dict):
         got = {type(None): "nothing", list: "a list"}.get(type(content), "a single value")
         raise ValueError(f"{source}: must be a mapping of sections, `model: ...`, `data: ...`; got {got}")
+    _check_classes(content, "")
+
+
+def _check_classes(content: Any, key: str, seen: set[int] | None = None) -> None:
+    """Refuse a class whose path is no text, or whose arguments are no mapping, wherever a config names one.
+
+    Raises:
+        ValueError: That names the key.
+    """
+    seen = set() if seen is None else seen  # an alias is the same object again
+    if not isinstance(content, dict | list) or id(content) in seen:
+        return
+    seen.add(id(content))
+    if isinstance(content, list):
+        for i, value in enumerate(content):
+            _check_classes(value, f"{key}[{i}]", seen)
+        return
+    path, arguments = content.get("class_path", "?"), content.get("init_args")
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError(f"{key}.class_path = {checks.shown(path)}: must be the name of a class, as a text")
+    if not isinstance(arguments, dict | None):
+        raise ValueError(f"{key}.init_args = {checks.shown(arguments)}: must be a mapping, {{argument: value}}")
+    for name in arguments or ():
+        if not isinstance(name, str):
+            raise ValueError(f"{key}.init_args.{name}: the name of an argument must be a text")
+    for name, value in content.items():
+        _check_classes(value, f"{key}.{name}" if key else str(name), seen)
 
 
 def _say(source: str, error: yaml.YAMLError) -> str:
@@ -89,6 +124,8 @@ def _check(node: yaml.Node | None, key: str, sizes: dict[int, int]) -> int:
     if node is None:
         return 1
     if isinstance(node, yaml.ScalarNode):
+        if "\0" in node.value:
+            raise _error(f"{key} = {checks.shown(node.value)}: no text may hold a zero byte", node)
         if len(node.value) > _MOST_DIGITS and node.style is None and node.value.strip("+-_0123456789") == "":
             raise _error(
                 f"{key} = {node.value[:20]}...: {len(node.value)} digits are more than a number can have", node

@@ -17,7 +17,7 @@ from dlnlab import checks, config
 from dlnlab.checkpoint import CheckpointError
 from dlnlab.figures import Figure
 from dlnlab.fitting import Interrupted, Run, quiet, without_noise
-from dlnlab.messages import Mistake, about, explain, known, needs_no_traceback
+from dlnlab.messages import Mistake, about, explain, needs_no_traceback
 from dlnlab.models.trainer import own_process
 from dlnlab.start import Origin, Start
 
@@ -331,7 +331,7 @@ def _refuse_unwritten(figure: Figure) -> None:
     """Refuse what would fail only when the fit has ended."""
     for method in ("draw", "table"):
         if getattr(type(figure), method) is getattr(Figure, method):
-            raise ValueError(f"{type(figure).__name__} does not define `{method}`; {known('figures')}")
+            raise ValueError(f"{type(figure).__name__} does not define `{method}`: a figure defines draw and table")
 
 
 def _refuse_what_draws_no_variants(figure: Any, names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -312,6 +313,9 @@ for name, of, said in (
     ("rows", {"batch_size": {"class_path": "Piecewise", "init_args": {"values": [1.5]}}}, ["own.batch_size = 1.5"]),
 ):
     case(f"schedule-{name}", [SCHEDULES, *said], {SCHEDULES: {"own": of}, "model.init_args.schedule": "own"})
+for name in ("../../escaped", "a/b", "/tmp/x", "..", ".", "", "a\\b", "x" * 300, "a\nb", 3):
+    case(f"schedule-called-{str(name)[:20]}", f"{SCHEDULES}: name = ",
+         {SCHEDULES: {name: {"lr": {"class_path": "Piecewise"}}}}, slow=name != "../../escaped")  # fmt: skip
 case("schedule-unknown", ["ensemble.schedule", "'cosine'", "constant"], {"ensemble.schedule": ["constant", "cosine"]})
 case("schedule-twice", ["model.init_args.schedule", "also an axis"],
      {"ensemble.schedule": ["constant"], "model.init_args.schedule": "constant"})  # fmt: skip
@@ -327,11 +331,43 @@ case("optimizer-of-one-lr", ["ensemble.lr", "GainSGD"], {OPTIMIZER: {"class_path
 case("optimizer-refuses", [OPTIMIZER, "Adam", "beta"],
      {OPTIMIZER: {"class_path": "torch.optim.Adam", "init_args": {"betas": [2, 3]}}, "ensemble.lr": DROP})  # fmt: skip
 
+# A class's path and arguments of the wrong kind: the parser would speak of what it could not hash, or iterate over.
+for section, of in {
+    "model": {"class_path": "DiagonalLinearNetwork"},
+    "data": {"class_path": "SparseRegression"},
+    OPTIMIZER: {"class_path": "GainSGD"},
+    "trainer.callbacks": {"class_path": "GainTracker"},
+    "figures": {"class_path": "StepSizeFigure"},
+    "variants.a.model": {"class_path": "DiagonalLinearNetwork"},
+}.items():
+    several = section in ("trainer.callbacks", "figures")
+    at = f"{section}[0]" if several else section
+    for i, value in enumerate((3, {"a": 1}, [None], None, True, 1.5, "", {})):
+        chosen = {"class_path": value}
+        case(f"{section}-class-path-{i}", f"{at}.class_path = {value!r}: must be the name of a class",
+             {section: [chosen] if several else chosen}, slow=i > 0)  # fmt: skip
+    for i, value in enumerate((3, [1], "a/b", {1: 2}, {None: 1})):
+        chosen = {**of, "init_args": value}
+        case(f"{section}-arguments-{i}", f"{at}.init_args", {section: [chosen] if several else chosen}, slow=i > 0)
+case("class-path-on-the-command-line", "figures[0].class_path = 3", {}, "--figures", "[{class_path: 3}]")
+case("class-path-after-equals", "data.init_args = 3", {}, "--data={class_path: SparseRegression, init_args: 3}")
+case("optimizer-null", [OPTIMIZER, "None", "GainSGD"], {OPTIMIZER: None})
+case("optimizer-list", [OPTIMIZER, "[1]", "GainSGD"], {OPTIMIZER: [1]})
+case(
+    "schedule-base",
+    [SCHEDULES, "StepSchedule is abstract", "Cosine, Piecewise"],
+    {SCHEDULES: {"own": {"lr": {"a": 1}}}},
+)
+case("init-from-superscript", ["init_from = run@²", "a step is a whole number"], {}, "--init_from", "run@²")
+case("checkpoint-file-outside", "trainer.callbacks: ModelCheckpoint.filename = '../x': must be a name in the folder",
+     callback("lightning.pytorch.callbacks.ModelCheckpoint", filename="../x"))  # fmt: skip
+
 # Records, the guard, measurements, figures ----------------------------------------------------------------------------
 
 values("record", "must be a mapping", 3)
 values("record.every_n_steps", "must be", 0, -1, 1.5, "x", HUGE, NAN)
-values("record.at", "must be", -1, [-1], [NAN], [INF], "x", [None], {"x": 1}, [HUGE], [1e300])
+values("record.at", "must be", -1, [-1], [NAN], [INF], "x", [None], {"x": 1}, [HUGE], [1e300], True, [[1, 2], [3]],
+       [{}], {}, {"range": {}}, {"log10": "abc"}, {"log10": [0, 1e400, 3]}, {"linear": [0, None, 2]}, {1: 2})  # fmt: skip
 values("record.max_runs", "must be", 0, None, "x")
 values("record.pairs", "true or false", None, "x")
 case("record-empty", "record.at is empty", {"record.at": []})
@@ -397,6 +433,15 @@ case("figure-settled", "StepSizeFigure.settled = x", {"figures": [FIGURE | {"ini
 case("figure-name", "figures: name = '../x'", {"figures": [FIGURE | {"init_args": {"name": "../x"}}]})
 case("figure-refuses", "figures: Undrawn: needs a fourth wall", {"figures": [{"class_path": "mine.Undrawn"}]})
 case("figures-number", "figures = 3", {"figures": 3})
+case("figures-null", "figures = None: must be a list", {"figures": None})
+case("figure-base", "figures: Figure does not define `draw`", {"figures": [{"class_path": "Figure"}]})
+case("figure-without-table", "figures: Alone does not define `table`", {"figures": [{"class_path": "mine.Alone"}]})
+case("figure-constant", "dlnlab.figures.base.GREY is of another kind",
+     {"figures": [{"class_path": "dlnlab.figures.base.GREY"}]})  # fmt: skip
+case("figure-long-name", ["figures: name = 'fff", "File name too long, 240 bytes; at most 223"],
+     {"figures": [FIGURE | {"init_args": {"name": "f" * 240}}]})  # fmt: skip
+case("figure-names-of-one-file", ["figures: 'F' and 'f'", "upper and lower case"],
+     {"figures": [FIGURE | {"init_args": {"name": name}} for name in "Ff"]})  # fmt: skip
 
 # Variants -------------------------------------------------------------------------------------------------------------
 
@@ -405,6 +450,9 @@ values("variants.slow", "must be a mapping of what differs", 3, "x", None, [])
 for name in ("main", "dataset", "a/b", "..", "", "a b", 3):
     case(f"variant-called-{name}", [f"variants.{name}: must be a file name", "none of main"], {"variants": {name: {}}},
          slow=name != "main")  # fmt: skip
+case("variant-long-name", ["variants: name = 'ééé", "File name too long, 240 bytes"], {"variants": {"é" * 120: {}}})
+case("variant-names-of-one-folder", ["variants: 'Slow' and 'slow'", "upper and lower case"],
+     {"variants": {"Slow": {}, "slow": {}}})  # fmt: skip
 case("variant-of-variant", "variants.a.variants: a variant has no variants", {"variants.a": {"variants": {"b": {}}}})
 case("variant-resumed", "variants.a.ckpt_path: a variant goes on", {"variants.a": {"ckpt_path": "last.ckpt"}})
 case("variant-name", "variants.a.name: a variant's name is its key", {"variants.a": {"name": "b"}})
@@ -444,9 +492,9 @@ case("variant-in-parts", "--variants.a.trainer.max_steps: a variant is given who
 
 # The trainer ----------------------------------------------------------------------------------------------------------
 
-values("trainer", "must be a mapping", 3)
+values("trainer", "must be a mapping", 3, "x", "", [1], None)
 values("trainer.max_steps", "must", None, 0, -1, -2, 1.5, INF, NAN, "x", True, [5], HUGE, DROP)
-values("trainer.devices", "", 2, 0, -1, "x", 1.5, None)
+values("trainer.devices", "", 2, 0, -1, "x", 1.5, None, [0, 1], {}, "a", 2**63, [], [None], True)
 values("trainer.accelerator", "", "gpu", "abacus", None) if not torch.cuda.is_available() else None
 values("trainer.strategy", "", "ddp", "ddp_spawn", "abacus", None)
 values("trainer.num_nodes", "", 2, 0, None)
@@ -803,6 +851,8 @@ def test_without_a_run_to_claim_the_folders_made_for_it_are_removed(workplace, c
 # A fuzz ---------------------------------------------------------------------------------------------------------------
 
 KEYS = [
+    *(f"model.init_args.schedules{rest}" for rest in ("", ".x", ".x.lr", ".x.lr.class_path", ".x.lr.init_args")),
+    *(f"model.init_args.optimizer{rest}" for rest in (".class_path", ".init_args", ".init_args.lr")),
     *("variants", "variants.a", "variants.a.after", "variants.a.ensemble", "variants.a.trainer.max_steps"),
     *("name", "seed", "ensemble", "model", "data", "record", "guard", "figures", "trainer", "ckpt_path", "unknown"),
     *("model.class_path", "model.init_args", "data.class_path", "data.init_args"),
@@ -867,7 +917,10 @@ def assert_runs_or_is_refused(changes):
             with at_most(10), redirect_stdout(out), redirect_stderr(err):
                 code = main(["fit", "--config", "config.yaml"])
             if code != 0:
-                assert_one_short_message(code, out.getvalue(), err.getvalue())
+                message = assert_one_short_message(code, out.getvalue(), err.getvalue())
+                assert not re.search(r"TypeError|AttributeError|iterable|unhashable|NoneType|index-sized", message), (
+                    message
+                )
                 assert tree(Path(folder)) == before
         finally:
             os.chdir(here)

@@ -103,7 +103,16 @@ def test_print_config_prints_what_the_run_records_and_that_runs_the_same(tmp_pat
         "variants: {decayed: {after: main, ensemble: {weight_decay: [0, 0.01], seed: 4}}, more: {seed: 1}}\n"
     )
     Path("other.yaml").write_text("ensemble: {batch_size: [2, full], lr: [0.1, 0.2], seed: 2}\nseed: 3\n")
-    layers = ["--config", "mini.yaml", "--config", "other.yaml", "--ensemble.seed", "2", "--model.init_scale", "0.3"]
+    layers = [
+        "--config",
+        "mini.yaml",
+        "--config",
+        "other.yaml",
+        "--ensemble.lr",
+        "[0.1, 0.3]",
+        "--model.init_scale",
+        "0.3",
+    ]
     source = None
     for arguments in (layers, [*layers, "--init_from", "FIRST"]):
         arguments = [str(source) if word == "FIRST" else word for word in arguments]

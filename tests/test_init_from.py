@@ -182,8 +182,11 @@ def test_a_resumed_run_needs_its_source_no_more_and_remembers_it(first, fit, tmp
         assert one.equals(other)
         assert one.attrs["init_from"] == other.attrs["init_from"]
         assert yaml.safe_load((cut / "config.yaml").read_text())["init_from"] == f"{copy}@40"
-    refused = ["fit", "--config", "config.yaml", "--ckpt_path", str(cut / "checkpoints" / "step=20.ckpt")]
-    assert main([*refused, "--init_from", str(first)]) == 2
+    # The run that was copied is the same one; the copy at another step, or another run, is not.
+    resume = ["fit", "--config", "config.yaml", "--ckpt_path", str(cut / "checkpoints" / "step=20.ckpt"), "--init_from"]
+    assert main([*resume, str(first)]) == 0
+    for other in (f"{first}@20", str(whole)):
+        assert main([*resume, other]) == 2
 
 
 def test_a_run_from_python_starts_from_another_too(first):
@@ -240,6 +243,17 @@ class Halved(DiagonalLinearNetwork):
 def test_a_source_that_is_not_there_is_one_error(first, fit):
     assert "no checkpoint at nowhere/checkpoints/last.ckpt" in fit("--init_from", "nowhere", code=2)
     assert "it has those of steps 10, 20, 30, 40" in fit("--init_from", f"{first}@25", code=2)
+    for step in ("²", "-1", "4.0", ""):
+        assert f"no checkpoint at {first}@{step}/" in (said := fit("--init_from", f"{first}@{step}", code=2))
+        assert "a step is a whole number, RUN@2000" in said
+
+
+def test_the_end_of_a_fit_that_lies_in_its_last_checkpoint_alone_is_found_by_its_step(first, fit, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    (copy / "checkpoints" / "step=40.ckpt").unlink()
+    run = fit("--init_from", f"{copy}@40")
+    np.testing.assert_array_equal(member_values(run, "beta", 0), member_values(first, "beta", 40))
 
 
 def test_a_damaged_source_is_one_error_and_no_earlier_checkpoint_takes_its_place(first, fit, tmp_path):

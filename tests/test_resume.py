@@ -308,9 +308,11 @@ def test_damage_is_always_detected(tmp_path):
 def test_damage_of_the_header_is_detected_and_mended_by_a_resume(program, reference, finished):
     path = finished / RUN / "results" / "ensemble.json"
     content = path.read_text()
-    for spoilt in (content.replace("0.05", "0.04", 1), content[:-10], "[]", ""):
-        path.write_text(spoilt)
-        with pytest.raises(ResultError, match=r"ensemble\.json is damaged"):
+    for spoilt in (content.replace("0.05", "0.04", 1), content[:-10], "[]", "", None):
+        path.write_text(spoilt) if spoilt is not None else path.unlink()
+        with pytest.raises(
+            ResultError, match=r"ensemble\.json is (damaged|missing); a resume of the run writes it anew"
+        ):
             load_results(finished / RUN)
     assert program(finished, resume=True)[0] == 0
     assert difference(finished, reference) is None

@@ -212,6 +212,27 @@ DENSE = {
 }
 
 
+def test_cells_of_any_values_have_a_folder_each_inside_the_run(tmp_path, monkeypatch):
+    (tmp_path / "flavoured_net.py").write_text(
+        "from dlnlab.models import DiagonalLinearNetwork\n\n\nclass Flavoured(DiagonalLinearNetwork):\n"
+        "    axes = (*DiagonalLinearNetwork.axes, 'flavour')\n\n    def __init__(self, flavour: str = 'plain', **given):\n"
+        "        super().__init__(**given)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flavours = ["plain", "../../../../escaped", "/tmp/escaped", "a/b", "..", "", "s", "S", "long" * 100, "long" * 101]
+    lrs = [0.1, 0.1 + 1e-9]  # the same to six digits
+    run = fit(tmp_path / "run", name="cells", ensemble={"flavour": flavours, "lr": lrs, "seed": 2}, figures=[],
+              model={"class_path": "flavoured_net.Flavoured"}, trainer={"max_steps": 2})  # fmt: skip
+    cells = [path.name for path in (run / "cells").iterdir()]
+    assert len({name.casefold() for name in cells}) == len(cells) == len(flavours) * len(lrs)
+    assert max(len(name.encode()) for name in cells) <= 223
+    for name in cells:
+        assert steps_of(run / "cells" / name, "loss/train") == [0, 2]
+    files = {path.name for path in (tmp_path / "run").rglob("events*")}
+    assert len(files) == 1  # the parents hold none but the run's
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"flavoured_net.py", "run"}
+
+
 def test_tensorboard_shows_evenly_chosen_points_of_a_dense_curve_whatever_the_chunks_or_resumes(tmp_path):
     run = fit(tmp_path, **DENSE)
     assert load_results(run).train_loss.dropna("step").sizes["step"] == 1305

@@ -171,6 +171,8 @@ class LinearNetwork(LightningModule):
         self.automatic_optimization = False
         self.ensemble = ensemble if ensemble is not None else Ensemble()
         self.num_members = self.ensemble.num_members
+        if not callable(optimizer):
+            raise ValueError(f"optimizer = {checks.shown(optimizer)}: must be an optimizer, {{class_path: GainSGD}}")
         self.make_optimizer = optimizer
         self.batch_size = batch_size
         self.sampling = sampling
