@@ -350,9 +350,7 @@ class Recorder(Callback):
         step = trainer.global_step
         if isinstance(module, LinearNetwork):
             module.end(step)
-            changed = (
-                module.has_provisional_ends
-            )  # what was recorded at this step is what a fit that goes on starts from
+            changed = module.has_provisional_ends  # a fit that goes on starts from what was recorded at this step
             if changed:
                 self._shown_until = min(self._shown_until, step)
             due = [name for name in self._variable_names() if changed or self._last_recorded.get(name, -1) < step]
@@ -403,8 +401,9 @@ class Recorder(Callback):
         pending, size = self._final if final else self._pending, 0
         self._keep_metrics(steps, values)
         for name, value in values.items():
-            # The model's own variable and a measurement's are the same, as are two measurements' with other schedules.
-            seen = int(self._last_recorded.get(name) == steps[0] or (final and name in pending))
+            # The model's own variable and a measurement's are the same, as are two measurements' with other schedules. The
+            # end of a fit may differ from what was recorded at its step: the guard has looked since.
+            seen = int(name in pending if final else self._last_recorded.get(name) == steps[0])
             if seen == len(steps):
                 continue
             known, blocks = pending.setdefault(name, ([], []))
