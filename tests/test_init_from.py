@@ -101,7 +101,7 @@ def test_members_that_had_diverged_stay_so_with_the_step_and_those_that_had_conv
     np.testing.assert_array_equal(after.stopped_at.values[gone], before.stopped_at.values[gone])
     assert set(after.diverged_by.values[gone]) == {"source"}
     np.testing.assert_array_equal(after.beta.values[gone], before.beta.isel(step=[-1] * 41).values[gone])
-    for name in ("l1_norm", "gamma_max"):
+    for name in ("l1_norm", "flow_edge"):
         assert (after[name].isel(step=-1).isnull().values == gone).all()
     assert after.source_lr.dims == ("lr",)
     assert after.source_lr.values.tolist() == [0.05, 50]

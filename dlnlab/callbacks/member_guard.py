@@ -76,7 +76,7 @@ class MemberGuard(Callback):
         counts = torch.bincount(module.diverged_by.long(), minlength=SOURCE + 1).tolist()
         bound = "" if module.guard is None else f"{module.guard.bound:g}"
         words = {
-            ABOVE_BOUND: f"loss above {bound} times the larger of its first value and the zero predictor's",
+            ABOVE_BOUND: f"by a loss above {bound} times the larger of its first value and the zero predictor's",
             NOT_FINITE: "not finite",
             SOURCE: "in the run this one started from",
         }

@@ -498,7 +498,7 @@ def test_an_axis_of_one_value_is_a_number_that_any_optimizer_takes(fit):
 def test_the_guard_takes_back_a_member_with_any_optimizer(fit, name):
     cls, options = OPTIMIZERS[name]
     arrays = [array.copy() for array in problems(2)]
-    arrays[1][1] *= 1e12  # its loss is above the bound from the start
+    arrays[0][1] *= 1e100  # however small its steps, the first one leads beyond the bound
     model, _ = train(
         fit, DiagonalLinearNetwork, arrays, 30, {"seed": 2}, GUARD,
         optimizer=lambda groups, **given: cls(groups, **{**options, **given}),
