@@ -142,14 +142,15 @@ OTHERS = {"losses": lambda network, batch: 3 * super(type(network), network).los
 @pytest.mark.parametrize("measurement", OF_A_LAW, ids=lambda c: c.__name__)
 def test_a_formula_of_one_loss_or_network_is_refused_to_another_unless_that_says_it_is_the_same(measurement, own):
     network = MEASURED.get(measurement, models.DiagonalLinearNetwork)
+    problems = PROBLEMS.get(network, lambda: SparseRegression(5, 3, 2))
     other = type("Other", (network,), {own: OTHERS[own]})
     about = "of_squared_loss" if own == "losses" else "of_product"
     if getattr(measurement, about):
         with pytest.raises(ValueError, match=f"Other has its own {own}"):
-            fit(other(ensemble=dlnlab.Ensemble(lr=[0.05])), 3, measurement(at=[0]))
+            fit(other(ensemble=dlnlab.Ensemble(lr=[0.05])), 3, measurement(at=[0]), dataset=problems())
     says = {"squared_loss_refusal": lambda network: None, "product_refusal": lambda network: None}
     same = type("Same", (network,), {own: OTHERS[own], **says})
-    fit(same(ensemble=dlnlab.Ensemble(lr=[0.05])), 1, measurement(at=[0]))
+    fit(same(ensemble=dlnlab.Ensemble(lr=[0.05])), 1, measurement(at=[0]), dataset=problems())
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_an_optimizer_of_ones_own_has_axes_of_its_own(in_examples):
         np.testing.assert_allclose(found, ((w[0] ** 2 - w[1] ** 2) / 2).detach(), rtol=1e-12)  # 60 roundings
     for wrong, message in (
         ({"momentun": [0.1]}, r"ensemble\.momentun: no such axis; the axes here are .*momentum"),
-        ({"momentum": [[0.1], [0.2]]}, r"ensemble\.momentum = .*: must be numbers"),
+        ({"momentum": ["low", "high"]}, r"ensemble\.momentum = .*: must be numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             dlnlab.run(config, **wrong)

@@ -493,10 +493,9 @@ class LinearNetwork(LightningModule):
         given: dict[str, Tensor | None] = {}
         for name in self.ensemble.axes:
             if name in ("lr", "weight_decay", *self._optimizer_axes):
-                with suppress(TypeError, ValueError):
-                    values = torch.tensor(self.ensemble.values(name), dtype=torch.float64, device=self.device)
-                    given[name] = values if values.ndim == 1 else None
-                given.setdefault(name)
+                given[name] = None
+                with suppress(TypeError, ValueError):  # texts
+                    given[name] = torch.tensor(self.ensemble.values(name), dtype=torch.float64, device=self.device)
         numbers = {name: values for name, values in given.items() if values is not None}
         refusal = None
         try:
