@@ -265,8 +265,9 @@ class Run(LightningCLI):
         except Exception as error:
             given = self.given[self.subcommand].get("trainer") or {}
             raise trainer_mistake(error, dict(given.items(branches=False))) from error
-        if trainer.world_size != 1:
-            raise ValueError(f"trainer.devices: {ONE_DEVICE}")
+        for key, number in (("num_nodes", trainer.num_nodes), ("devices", trainer.world_size)):
+            if number != 1:
+                raise ValueError(f"trainer.{key}: {ONE_DEVICE}")
         return trainer
 
     def _remember(self, **kwargs: Any) -> None:
@@ -641,17 +642,16 @@ def _refuse_remote(key: str, folder: Any) -> None:
         raise ValueError(f"{key} = {checks.shown(str(folder))}: must be a local folder; copy the run when it has ended")
 
 
-def _spell_out(config: Any) -> None:
-    """Put the words of enumerations in their place, which a config file can hold."""
+def _spell_out(config: Any) -> Any:
+    """Put the words of enumerations in their place, in a config as it was parsed: a file holds words."""
+    if isinstance(config, enum.Enum):
+        return config.value
     if isinstance(config, list):
-        for item in config:
-            _spell_out(item)
-    elif isinstance(config, jsonargparse.Namespace):
+        return [_spell_out(item) for item in config]
+    if isinstance(config, jsonargparse.Namespace):
         for name, value in list(vars(config).items()):
-            if isinstance(value, enum.Enum):
-                setattr(config, name, value.value)
-            else:
-                _spell_out(value)
+            setattr(config, name, _spell_out(value))
+    return config
 
 
 def _check_devices(given: Any) -> None:

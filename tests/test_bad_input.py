@@ -102,6 +102,13 @@ class RaisesLater(Measurement):
             raise ZeroDivisionError("three is enough")
         return {"three": torch.ones(model.num_members)}
 
+class Text(str):
+    pass
+
+class Unwritable(Measurement):
+    def __init__(self, made: str = Text("x")):
+        super().__init__()
+
 class Undrawn(Figure):
     def check(self, variables, axes):
         raise ValueError("needs a fourth wall")
@@ -417,7 +424,7 @@ for name, arguments in {
         callback(f"lightning.pytorch.callbacks.{name}", **arguments),
         slow=name != "EarlyStopping",
     )
-case("callback-not-writable", "Interval.step", callback("lightning.pytorch.callbacks.Timer"))
+case("callback-not-writable", "config.yaml of the run could not hold", callback("mine.Unwritable"))
 FIGURE = {"class_path": "StepSizeFigure"}
 case(
     "figure-typo",

@@ -148,3 +148,12 @@ def test_a_thinned_schedule_sees_both_phases_of_an_oscillation():
     assert Schedule(every_n_steps=1).thinned(50, 100).between(0, 12) == [3, 6, 9, 12]
     assert Schedule(every_n_steps=10, pairs=True).thinned(10, 100).between(0, 100) == [1, 30, 31, 60, 61, 90, 91]
     assert Schedule(at=range(100)).thinned(40, 99).steps[:4] == [0, 3, 6, 9]
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.one_of(st.integers(1, 9), AT))
+def test_a_schedule_meets_a_period_where_the_steps_say_so(period, last, given):
+    schedule = Schedule(given) if isinstance(given, int) else Schedule(at=given)
+    wanted, found = set(range(period, last + 1, period)), set(schedule.between(0, last))
+    assert schedule.meets(period, last) == bool(wanted & found)
+    if wanted:
+        assert schedule.meets(period, last, always=True) == (wanted <= found)
