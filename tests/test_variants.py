@@ -443,7 +443,7 @@ def test_checkpoints_from_before_there_were_identities_go_on_where_they_lay(chai
     for _ in range(2):  # the second time what a resume has written
         fit(chain, "--ckpt_path", study / "checkpoints" / "step=20.ckpt")
         assert studies_equal(study, whole)
-    message = fit({**chain, "variants": {**chain["variants"], "last": {"after": "main"}}},
+    message = fit({**chain, "variants": {**chain["variants"], "last": {**chain["variants"]["last"], "after": "main"}}},
                   "--ckpt_path", study / LAST.relative_to(RUN), code=2)  # fmt: skip
     assert "variants.last.after = main: the run of" in message
 
