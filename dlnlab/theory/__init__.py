@@ -2,6 +2,8 @@
 
 Notation in arguments: `X` (N, D) inputs and `y` (N,) targets, or stacks (P, N, D) and (P, N); `init` is alpha, never
 alpha^2; `log_init` its natural logarithm, for what is below floating point. The loss is |X beta - y|^2/(2N) everywhere.
+The formulas know no units: scaling X, y and alpha by powers of ten scales the results, to rounding or a solver's accuracy,
+wherever float64 holds them; beyond, they are 0 or infinite as any product of floats is.
 `shallow` holds the formulas of the shallow linear network, in words of its own.
 """
 

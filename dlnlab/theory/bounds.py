@@ -154,8 +154,9 @@ def expected_gain_bounds(
         True
     """
     low, high = gain_bounds(X, batch_size, sampling)
-    square = as_float64(lr, low) ** 2 * as_float64(loss_sum, low)
-    return 2 * low * square, 4 * high * square
+    lr = as_float64(lr, low)
+    loss = lr * as_float64(loss_sum, low)  # times each in turn: lr^2 alone may leave the range of numbers
+    return 2 * (loss * low * lr), 4 * (loss * high * lr)
 
 
 def gradient_second_moment(X: Any, residual: Any, batch_size: int, sampling: str = "replacement") -> Tensor:
@@ -188,7 +189,7 @@ def gradient_second_moment(X: Any, residual: Any, batch_size: int, sampling: str
     r = as_float64(residual, X)
     n = X.shape[-2]
     w = batch_weight(batch_size, n, sampling)
-    single = ((X * X).mT @ (r * r)[..., None])[..., 0] / n
+    single = (X * r[..., None]).square().mean(-2)
     mean = (X.mT @ r[..., None])[..., 0] / n
     return w * single + (1 - w) * mean * mean
 
@@ -218,9 +219,9 @@ def initial_gradient_second_moment(teacher: Any, batch_size: int, input_std: flo
         >>> round((sgd / gd).item())
         20
     """
-    square = as_float64(teacher) ** 2
     checks.integer("batch_size", batch_size, at_least=1)
-    return input_std**4 * (square + (square.sum(-1, keepdim=True) + square) / batch_size)
+    square = (input_std * (input_std * as_float64(teacher))) ** 2
+    return square + (square.sum(-1, keepdim=True) + square) / batch_size
 
 
 def leading_gain(
@@ -262,9 +263,8 @@ def leading_gain(
         tensor([0.0050], dtype=torch.float64)
     """
     X = as_float64(X)
-    n = X.shape[-2]
-    w = batch_weight(batch_size, n, sampling)
-    samples = ((X * X).mT @ as_float64(residual_integral, X)[..., None])[..., 0] / n
+    w = batch_weight(batch_size, X.shape[-2], sampling)
+    samples = (X * (X * as_float64(residual_integral, X)[..., None])).mean(-2)
     lr = as_float64(lr, X)
     return lr * (w * samples + (1 - w) * as_float64(gradient_integral, X))
 

@@ -4,11 +4,14 @@ Weights are lists [W_1, ..., W_L] of tensors (..., H_l, H_{l-1}); leading axes a
 `DeepLinearNetwork`: scale times the sum over observed entries of (A_ij - Y_ij)^2, scale = 1/N unless said otherwise.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from dlnlab.theory.inputs import unit
 
 # Norms and balance ---------------------------------------------------------------------------------------------------
 
@@ -104,8 +107,8 @@ def next_layer_imbalance(
         Derived here.
     """
     lr, kappa = (torch.as_tensor(value, dtype=weights[0].dtype)[..., None, None] for value in (lr, weight_decay))
-    old, new = layer_imbalance(weights), layer_imbalance(gradients)
-    return [(1 - 2 * lr * kappa) ** 2 * d + lr**2 * f for d, f in zip(old, new, strict=True)]
+    old, new = layer_imbalance(weights), layer_imbalance([lr * f for f in gradients])
+    return [(1 - 2 * lr * kappa) ** 2 * d + f for d, f in zip(old, new, strict=True)]
 
 
 def next_square_norm(
@@ -131,8 +134,9 @@ def next_square_norm(
         Derived here.
     """
     keep = 1 - 2 * lr * weight_decay
-    squares = [sum(w.square().sum((-1, -2)) for w in each) for each in (weights, gradients)]
-    return keep**2 * squares[0] - 2 * lr * keep * len(weights) * pull + lr**2 * squares[1]
+    steps = [torch.as_tensor(lr)[..., None, None] * f for f in gradients]
+    before, added = (sum(w.square().sum((-1, -2)) for w in each) for each in (weights, steps))
+    return keep**2 * before - 2 * lr * keep * len(weights) * pull + added
 
 
 def absorbing_norm(weight_decay: Tensor, largest: Tensor, depth: int, scale: float = 1.0) -> Tensor:
@@ -176,10 +180,13 @@ def absorbing_lr(norm_squared: Tensor, weight_decay: Tensor, largest: Tensor, de
     Reference:
         Derived here; sufficient, and far from necessary.
     """
-    residual = largest + (norm_squared / depth) ** (depth / 2)
-    gradients = depth * (norm_squared / (depth - 1)) ** (depth - 1)
-    room = 4 * weight_decay * norm_squared - depth * scale * largest**2
-    return room / (4 * weight_decay**2 * norm_squared + 4 * (scale * residual) ** 2 * gradients)
+    # In units in which C = c = 1; then no power of C is ever taken alone.
+    size = norm_squared ** (depth / 2)
+    rate = scale * size * (size / norm_squared)
+    decay, largest = weight_decay / rate, largest / size
+    residual = largest + depth ** (-depth / 2)
+    gradients = depth * (depth - 1) ** (1 - depth)
+    return (4 * decay - depth * largest**2) / (4 * decay**2 + 4 * residual**2 * gradients) / rate
 
 
 # Ranks ---------------------------------------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ def effective_rank(singular_values: Tensor) -> Tensor:
 
 
 def stable_rank(singular_values: Tensor) -> Tensor:
-    """|W|_F^2/|W|^2, (..., R) descending -> (...); at most the rank."""
+    """|W|_F^2/|W|^2, (..., R) descending -> (...); at most the rank, NaN for zero."""
     return (singular_values / singular_values[..., :1]).square().sum(-1)
 
 
@@ -215,8 +222,8 @@ def smooth_rank(singular_values: Tensor, alpha: float) -> Tensor:
         >>> smooth_rank(torch.tensor([3.0, 0.5, 0.0]), 1.0)
         tensor(1.7500)
     """
-    s = singular_values.clamp(max=alpha)
-    return (s * (2 * alpha - s)).sum(-1) / alpha**2
+    s = singular_values.clamp(max=alpha) / alpha
+    return (s * (2 - s)).sum(-1)
 
 
 def in_absorbing_set(
@@ -258,6 +265,8 @@ def in_absorbing_set(
 def critical_singular_value(weight_decay: float, residual: float, depth: int) -> float:
     """Below it a singular value of balanced, aligned factors shrinks: s* = (kappa/|r|)^(1/(L-2)).
 
+    Infinite where the residual is 0 (all shrink), 0 without weight decay (none does).
+
     Args:
         weight_decay: kappa.
         residual: The largest |A_ij - Y_ij|.
@@ -271,6 +280,8 @@ def critical_singular_value(weight_decay: float, residual: float, depth: int) ->
     """
     if depth < 3:
         raise ValueError(f"depth = {depth}: must be at least 3, no singular value is small enough with two layers")
+    if weight_decay == 0 or residual == 0:
+        return math.inf if weight_decay > 0 else 0.0
     return (weight_decay / residual) ** (1 / (depth - 2))
 
 
@@ -312,21 +323,22 @@ def nuclear_norm_completion(
     """
     if not penalty > 0:
         raise ValueError(f"penalty = {penalty}: must be positive; for none see `min_nuclear_norm`")
-    values = values.double()
-    scale = 1 / len(values) if scale is None else scale
+    # In units in which the values and c are of order 1.
+    size = float(unit(values.double(), -1))
+    values = values.double() / size
+    penalty = penalty / size * (len(values) if scale is None else 1 / scale)
     rows, columns = places[:, 0], places[:, 1]
-    at_zero = scale * float(values.square().sum())
-    step = 1 / (2 * scale)
+    at_zero = float(values.square().sum())
     matrix = torch.zeros(shape, dtype=torch.float64)
     ahead, momentum, best, best_gap = matrix, 1.0, matrix, torch.inf
     for count in range(max_steps):
         moved = ahead.clone()
-        moved[rows, columns] -= step * 2 * scale * (ahead[rows, columns] - values)
+        moved[rows, columns] = values
         u, s, vh = torch.linalg.svd(moved, full_matrices=False)
-        s = (s - step * penalty).clamp(min=0)
+        s = (s - penalty / 2).clamp(min=0)
         new = (u * s) @ vh
         if count % 10 == 0:
-            gap = _duality_gap(new, float(s.sum()), rows, columns, values, penalty, scale) / max(at_zero, 1e-300)
+            gap = _duality_gap(new, float(s.sum()), rows, columns, values, penalty) / max(at_zero, 1e-300)
             if gap < best_gap:
                 best, best_gap = new, gap
             if gap <= tol:
@@ -336,18 +348,18 @@ def nuclear_norm_completion(
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = new + (momentum - 1) / following * (new - matrix)
         matrix, momentum = new, following
-    return best, best_gap
+    return best * size, best_gap
 
 
-def _duality_gap(matrix, nuclear, rows, columns, values, penalty, scale) -> float:
-    """Loss minus its dual at the residuals, shrunk until they are feasible: |c-weighted residual matrix| <= lambda."""
+def _duality_gap(matrix, nuclear, rows, columns, values, penalty) -> float:
+    """Loss minus its dual at the residuals, shrunk until they are feasible: |2 residual matrix| <= lambda, c = 1."""
     residual = values - matrix[rows, columns]
     dual = torch.zeros_like(matrix)
-    dual[rows, columns] = 2 * scale * residual
+    dual[rows, columns] = 2 * residual
     shrink = min(1.0, penalty / max(float(torch.linalg.matrix_norm(dual, 2)), 1e-300))
-    p = 2 * scale * shrink * residual
-    lower = float((p * values).sum() - p.square().sum() / (4 * scale))
-    return scale * float(residual.square().sum()) + penalty * nuclear - lower
+    p = 2 * shrink * residual
+    lower = float((p * values).sum() - p.square().sum() / 4)
+    return float(residual.square().sum()) + penalty * nuclear - lower
 
 
 def min_nuclear_norm(places: Tensor, values: Tensor, shape: tuple[int, int], tol: float = 1e-9) -> tuple[Tensor, float]:
@@ -367,7 +379,8 @@ def min_nuclear_norm(places: Tensor, values: Tensor, shape: tuple[int, int], tol
     Reference:
         Classical (Candes and Recht 2009 pose the programme).
     """
-    rows, columns, values = places[:, 0], places[:, 1], values.double()
+    largest = float(unit(values.double(), -1))
+    rows, columns, values = places[:, 0], places[:, 1], values.double() / largest
     hidden = torch.zeros(shape, dtype=torch.float64)
     hidden[rows, columns] = values
     size = max(float(torch.linalg.matrix_norm(hidden, 2)), 1e-300)
@@ -386,7 +399,7 @@ def min_nuclear_norm(places: Tensor, values: Tensor, shape: tuple[int, int], tol
     full[rows, columns] = dual
     lower = abs(float((dual * values).sum())) / max(1.0, float(torch.linalg.matrix_norm(full, 2)))
     nuclear = float(torch.linalg.svdvals(matrix).sum())
-    return matrix, (nuclear - lower) / max(nuclear, 1e-300)
+    return matrix * largest, (nuclear - lower) / max(nuclear, 1e-300)
 
 
 def rank_least_squares(
@@ -408,7 +421,8 @@ def rank_least_squares(
     Returns:
         A (K, D) and its mean squared error on the observed entries.
     """
-    rows, columns, values = places[:, 0], places[:, 1], values.double()
+    largest = float(unit(values.double(), -1))
+    rows, columns, values = places[:, 0], places[:, 1], values.double() / largest
     filled = torch.zeros(shape, dtype=torch.float64)
     filled[rows, columns] = values * (shape[0] * shape[1] / len(values))
     mask = torch.zeros(shape, dtype=torch.float64)
@@ -431,7 +445,7 @@ def rank_least_squares(
                 break
         if error < best_error:
             best, best_error = left @ right.mT, error
-    return best, best_error
+    return best * largest, best_error * largest**2
 
 
 def _solve_rows(mask: Tensor, target: Tensor, right: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 r"""Gradient flow of the diagonal network: what its loss adds up to, where it goes from here, and how sharp it is there."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from dlnlab.theory.dual_flow import DualPath
 from dlnlab.theory.hypentropy import hypentropy, hypentropy_conjugate, hypentropy_gradient, log_of
-from dlnlab.theory.inputs import as_float64, as_problems, positive
+from dlnlab.theory.inputs import as_float64, as_problems, in_units, positive
 from dlnlab.theory.interpolation import min_bregman, min_hypentropy
 from dlnlab.theory.stability import sharpness, weight_square
+
+_MOST_STEPS = 20_000
+"""Of the integrator; a thousand are usual."""
 
 
 def loss_integral(beta_inf: Any, init: Any = None, beta: Any = None, *, log_init: Any = None) -> Tensor:
@@ -118,8 +122,9 @@ def flow_integrals(X: Any, y: Any, init: Any) -> tuple[Tensor, Tensor]:
 
     .. math:: \int_0^\infty r_j^2\, dt, \qquad \int_0^\infty g_i^2\, dt
 
-    of the residuals r = X beta - y and of the gradient g = X^T r/N, to about 1e-7. They are integrated with the flow's N
-    dual unknowns, until |r|^2 has fallen by 1e-16.
+    of the residuals r = X beta - y and of the gradient g = X^T r/N, to about 1e-8 of the largest. They are integrated with
+    the flow's N dual unknowns, in units in which X and y are of order 1, until what is left of the first's sum, which is
+    known at every time (`loss_integral`), is 1e-10 of it; and the sum that was found is held to the one that is known.
 
     Args:
         X: Inputs (N, D) or (P, N, D).
@@ -130,7 +135,8 @@ def flow_integrals(X: Any, y: Any, init: Any) -> tuple[Tensor, Tensor]:
         (N,) and (D,), or (P, N) and (P, D).
 
     Raises:
-        ValueError: If alpha is not positive and finite, or the flow does not come to an interpolator.
+        ValueError: If alpha is not positive and finite, no interpolator exists, or the flow is too stiff to be followed to
+            its end (inputs that are dependent to many digits).
 
     Reference:
         Derived here.
@@ -143,38 +149,44 @@ def flow_integrals(X: Any, y: Any, init: Any) -> tuple[Tensor, Tensor]:
         True
     """
     single, X, y, (init,) = as_problems(X, y, init)
-    scale = positive("init", init).square().cpu().numpy()
-    rows = [_integrals(*problem) for problem in zip(X.cpu().numpy(), y.cpu().numpy(), scale, strict=True)]
-    found = [torch.from_numpy(np.stack(column)).to(X.device) for column in zip(*rows, strict=True)]
-    return tuple(part[0] if single else part for part in found)
+    X, y, x_unit, y_unit = in_units(X, y)
+    log_init = torch.log(positive("init", init)) + (torch.log(x_unit) - torch.log(y_unit))[:, None] / 2
+    limit, _ = min_hypentropy(X, y, log_init=log_init)
+    whole = hypentropy(limit, log_init=log_init)
+    problems = zip(*(value.cpu().numpy() for value in (X, y, log_init, limit, whole)), strict=True)
+    found = [_integrals(f"problem {i}", *problem) for i, problem in enumerate(problems)]
+    units = (y_unit / x_unit, x_unit * y_unit)
+    parts = [
+        torch.from_numpy(np.stack(part)).to(X.device) * scale[:, None]
+        for part, scale in zip(zip(*found, strict=True), units, strict=True)
+    ]
+    return tuple(part[0] if single else part for part in parts)
 
 
-def _integrals(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _integrals(
+    name: str, x: np.ndarray, y: np.ndarray, log_init: np.ndarray, limit: np.ndarray, whole: float
+) -> tuple[np.ndarray, np.ndarray]:
     n, d = x.shape
-
-    def residual(dual: np.ndarray) -> np.ndarray:
-        # A trial step may ask for the exponential of anything.
-        return x @ (scale * np.sinh(np.clip(2 * dual @ x, -600, 600))) - y
-
-    def velocity(_time: float, state: np.ndarray) -> np.ndarray:
-        r = residual(state[:n])
-        gradient = r @ x / n
-        return np.concatenate([-r / n, r * r, gradient * gradient])
-
-    def settled(_time: float, state: np.ndarray) -> float:
-        r = residual(state[:n])
-        return r @ r - 1e-16 * (y @ y)
-
-    settled.terminal = True
-    if not y.any():
+    if whole == 0:
         return np.zeros(n), np.zeros(d)
-    if np.linalg.norm(x @ (np.linalg.pinv(x) @ y) - y) > 1e-8 * np.linalg.norm(y):
-        raise ValueError("flow_integrals: no interpolator exists, so the integrals are infinite")
-    # The time goes with the inverse square of the inputs, and with 1/alpha^2 at worst.
-    end = 1e6 * n / (x * x).sum() * max(1.0, 1.0 / scale.min())
-    found = solve_ivp(
-        velocity, (0.0, end), np.zeros(2 * n + d), "LSODA", events=settled, rtol=1e-9, atol=1e-10 * float(y @ y)
-    )
-    if found.status != 1:
-        raise ValueError(f"flow_integrals: the flow has not come to an interpolator by time {found.t[-1]:.3g}")
-    return found.y[n : 2 * n, -1], found.y[2 * n :, -1]
+    path = DualPath(x, y, log_init, log_init, math.inf, 1e-10, rest=0.0)
+    try:
+        for _ in range(_MOST_STEPS):
+            path.step()
+            z, of_residual, of_gradient = path.at(path.time)
+            # Twice what the loss adds up to so far: psi(limit) less its divergence from where the flow is.
+            half = np.exp(log_init + np.abs(z)) * np.expm1(-2 * np.abs(z)) / 2
+            so_far = limit @ z - half @ half
+            if so_far >= (1 - 1e-10) * whole:
+                break
+        else:
+            raise RuntimeError(f"not at its end after {_MOST_STEPS} steps of the integrator")
+        error = abs(of_residual.sum() / n - whole) / whole
+        if not error < 1e-6:
+            raise RuntimeError(f"the loss integrated along it is {error:.1e} of its known value off")
+    except RuntimeError as reason:
+        raise ValueError(
+            f"flow_integrals: {name}: gradient flow could not be followed to the end: {reason}; "
+            f"its inputs have singular values from {np.linalg.norm(x, 2):.1e} to {np.linalg.norm(x, -2):.1e}"
+        ) from None
+    return of_residual, of_gradient

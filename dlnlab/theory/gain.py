@@ -204,7 +204,7 @@ def perturbation(init: Any, gain_plus: Any, gain_minus: Any) -> Tensor:
     gain_plus, gain_minus = as_float64(gain_plus, init), as_float64(gain_minus, init)
     smaller = torch.minimum(gain_plus, gain_minus)  # the difference of the exponentials without cancellation
     ahead = gain_minus - gain_plus
-    return init**2 * torch.exp(-smaller) * torch.sign(ahead) * -torch.expm1(-ahead.abs()) / 2
+    return torch.exp(2 * torch.log(init) - smaller) * torch.sign(ahead) * -torch.expm1(-ahead.abs()) / 2
 
 
 def _log_abs_one_plus(x: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from dlnlab import checks
 
+CONSISTENT = 1e-10
+"""y is taken to lie in the range of X if what is outside is this small beside it: rounding of y = X beta is 1e-16."""
+
 
 def as_float64(value: Any, like: Tensor | None = None) -> Tensor:
     """A float64 tensor, on the device of `like` if that is given."""
@@ -53,6 +56,31 @@ def as_problems(X: Any, y: Any, *of_coordinates: Any) -> tuple[bool, Tensor, Ten
         y.expand(count, y.shape[-1]),
         [other.expand(count, X.shape[-1]) for other in others],
     )
+
+
+def in_units(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stacked problems in units in which they are of order 1, so that no formula meets the ends of floating point.
+
+    The units are powers of two, so no digit is lost: beta has the unit y_unit/x_unit, the sharpness x_unit y_unit, a time
+    or step size one over it.
+
+    Args:
+        X: Inputs (P, N, D).
+        y: Targets (P, N).
+
+    Returns:
+        X/x_unit and y/y_unit, whose largest entries lie in [1, 2), or are 0; x_unit and y_unit, (P,).
+    """
+    x_unit, y_unit = unit(X[:1] if X.stride(0) == 0 else X, (-2, -1)), unit(y, -1)  # what is shared stays so
+    scaled = (X[:1] if X.stride(0) == 0 else X) / x_unit[:, None, None]
+    return scaled.expand(X.shape), y / y_unit[:, None], x_unit.expand(len(X)), y_unit
+
+
+def unit(value: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The power of two next below the largest entry along some axes; 1 where all entries are 0."""
+    largest = value.abs().amax(dim)
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest == 0, 1, largest / (2 * mantissa))
 
 
 def positive(name: str, value: Tensor) -> Tensor:

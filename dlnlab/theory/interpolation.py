@@ -15,10 +15,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from dlnlab.theory.hypentropy import asinh_ratio, log_of
-from dlnlab.theory.inputs import as_problems, positive
+from dlnlab.theory.inputs import CONSISTENT, as_problems, in_units, positive, unit
 
-CONSISTENT = 1e-10
-"""y is taken to lie in the range of X if what is outside is this small beside it: rounding of y = X beta is 1e-16."""
 _STACK = 2**22
 """Problems are solved together as long as their matrices hold no more numbers than this."""
 
@@ -45,12 +43,13 @@ def min_l2(X: Any, y: Any) -> tuple[Tensor, Tensor]:
         True
     """
     single, X, y, _ = as_problems(X, y)
+    X, y, x_unit, y_unit = in_units(X, y)
     rows = Rows(X, y)
     beta = _times(rows.A.mT, rows.c)
     beta = beta + _times(rows.A.mT, rows.reduce(y - _times(X, beta)))
     outside = _norm(beta - _times(rows.A.mT, _times(rows.A, beta)))
     residual = torch.maximum(feasibility(X, y, beta), _ratio(outside, _norm(beta)))
-    return _unstack(single, beta, residual)
+    return _unstack(single, beta * (y_unit / x_unit)[:, None], residual)
 
 
 def min_l1(X: Any, y: Any, weights: Any = None, return_dual: bool = False) -> tuple[Tensor, ...]:
@@ -87,7 +86,9 @@ def min_l1(X: Any, y: Any, weights: Any = None, return_dual: bool = False) -> tu
         ([0.0, 1.0, 0.0], tensor(True))
     """
     single, X, y, (w,) = as_problems(X, y, 1.0 if weights is None else weights)
-    positive("weights", w)
+    w_unit = unit(positive("weights", w), -1)
+    w = w / w_unit[:, None]
+    X, y, x_unit, y_unit = in_units(X, y)
     rows = Rows(X / w[:, None, :], y)
     solved = [_l1_vertex(A[keep], c[keep]) for A, c, keep in zip(rows.A, rows.c, rows.keep, strict=True)]
     scaled = torch.stack([beta for beta, _ in solved]).to(X)
@@ -100,6 +101,7 @@ def min_l1(X: Any, y: Any, weights: Any = None, return_dual: bool = False) -> tu
     excess = (slope.abs() - 1).clamp(min=0)
     gap = torch.where(beta == 0, 0, (slope - beta.sign()).abs())
     residual = torch.maximum(feasibility(X, y, beta), torch.maximum(excess, gap).amax(-1))
+    beta, nu = beta * (y_unit / x_unit)[:, None], nu * (w_unit / x_unit)[:, None]
     return _unstack(single, beta, residual, nu) if return_dual else _unstack(single, beta, residual)
 
 
@@ -229,13 +231,15 @@ def min_bregman(
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} holds a number that is not finite")
     shifts = moved if perturbation is None else asinh_ratio(moved, 2 * log_init)
+    X, y, x_unit, y_unit = in_units(X, y)
+    log_init = log_init + ((torch.log(x_unit) - torch.log(y_unit)) / 2)[:, None]
     beta, residual = torch.zeros_like(log_init), torch.zeros_like(log_init[:, 0])
     rows = Rows(X, y)
     for chunk in torch.arange(len(y), device=X.device).split(max(1, _STACK // X[0].numel())):
         beta[chunk], residual[chunk] = _bregman(
             rows.A[chunk], rows.c[chunk], -2 * log_init[chunk], shifts[chunk], X[chunk], y[chunk]
         )
-    return _unstack(single, beta, residual)
+    return _unstack(single, beta * (y_unit / x_unit)[:, None], residual)
 
 
 def feasibility(X: Tensor, y: Tensor, beta: Tensor, moved: Tensor | float = 0.0) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlnlab.theory.inputs import as_float64, as_problems, positive
+from dlnlab.theory.inputs import as_float64, as_problems, in_units, positive
 
 
 def lasso(X: Any, y: Any, penalty: Any, weights: Any = None) -> tuple[Tensor, Tensor]:
@@ -48,10 +48,11 @@ def lasso(X: Any, y: Any, penalty: Any, weights: Any = None) -> tuple[Tensor, Te
     positive("weights", w)
     if given.ndim and len(X) == 1:  # one problem, several penalties
         single, X, y, w = False, X.expand(len(given), -1, -1), y.expand(len(given), -1), w.expand(len(given), -1)
-    scaled = (X / w[:, None, :]).cpu().numpy()
-    targets, lams = y.cpu().numpy(), given.expand(len(X)).cpu().numpy()
+    scaled, y, x_unit, y_unit = in_units(X / w[:, None, :], y)
+    scaled, targets = scaled.cpu().numpy(), y.cpu().numpy()
+    lams = (given.to(X) / x_unit / y_unit).cpu().numpy()
     found = [_follow(A, b, lam) for A, b, lam in zip(scaled, targets, lams, strict=True)]
-    beta = torch.from_numpy(np.stack([b for b, _ in found])).to(X) / w
+    beta = torch.from_numpy(np.stack([b for b, _ in found])).to(X) * (y_unit / x_unit)[:, None] / w
     residual = torch.tensor([r for _, r in found]).to(X)
     return (beta[0], residual[0]) if single else (beta, residual)
 

@@ -42,7 +42,7 @@ def next_eps(eps: Tensor, norm_squared: Tensor, lr: Tensor, target: Tensor) -> T
     Reference:
         Derived here.
     """
-    return eps * (1 - lr * norm_squared + lr**2 * eps * (eps + target))
+    return eps * (1 - lr * norm_squared + lr * eps * (lr * (eps + target)))
 
 
 def next_norm_squared(eps: Tensor, norm_squared: Tensor, lr: Tensor, target: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def flow_limit(p: Tensor, m: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     size_p, size_m = p.norm(dim=-1), m.norm(dim=-1)
     root = torch.hypot(target, size_p * size_m)
     large = root + target.abs()
-    small = (size_p * size_m) ** 2 / large
+    small = size_p * size_m * (size_p * size_m / large)
     end_p, end_m = torch.where(target >= 0, large, small).sqrt(), torch.where(target >= 0, small, large).sqrt()
     return p * _or_zero(end_p / size_p)[..., None], m * _or_zero(end_m / size_m)[..., None]
 
@@ -163,7 +163,7 @@ def log_contraction_bound(eps: Tensor, norm_squared: Tensor, lr: Tensor, target:
     Reference:
         Derived here; the formula of beneventano2025's Theorem 1 was not at hand.
     """
-    return lr * eps**2 / (2 * torch.hypot(norm_squared, 2 * target))
+    return lr * eps * (eps / (2 * torch.hypot(norm_squared, 2 * target)))
 
 
 def leading_log_contraction(p: Tensor, m: Tensor, lr: Tensor, target: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def escape(eps: Tensor, norm_squared: Tensor, lr: Tensor, target: Tensor) -> Ten
     Reference:
         Derived here; Phi = 0 is the catapult's 4/lambda(0) of Lewkowycz et al. 2020.
     """
-    return lr * norm_squared - lr**2 * target * eps
+    return lr * norm_squared - lr * target * (lr * eps)
 
 
 def diverges(eps: Tensor, norm_squared: Tensor, lr: Tensor, target: Tensor) -> Tensor:
@@ -258,8 +258,11 @@ def sharpness(eps: Tensor, norm_squared: Tensor, target: Tensor) -> Tensor:
     Reference:
         Derived here.
     """
-    root = norm_squared**2 + 8 * (eps + target) * eps + 4 * eps**2
-    return (norm_squared + torch.sqrt(root.clamp(min=0))) / 2
+    size = torch.maximum(norm_squared, eps.abs())
+    size = torch.where(size == 0, 1, size)
+    norm, error, product = norm_squared / size, eps / size, (eps + target) / size
+    root = norm**2 + 8 * product * error + 4 * error**2
+    return size * (norm + torch.sqrt(root.clamp(min=0))) / 2
 
 
 def next_on_edge(x: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from dlnlab import checks, streams
 from dlnlab.theory.bounds import batch_weight
-from dlnlab.theory.inputs import as_float64, as_problems
+from dlnlab.theory.inputs import as_float64, as_problems, in_units
 from dlnlab.theory.interpolation import Rows, min_hypentropy, min_l1, min_l2
 
 _STACK = 2**23
+_FLAT = 1e-13
+"""Directions with less than this part of the largest curvature are left out of Lyapunov exponents: they are rounding."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Stability:
         batch_size: b.
         sampling: How batches are drawn.
         sharpness: Largest eigenvalue of the loss's Hessian in the weights, () or (P,).
-        edge: 2/sharpness: gradient descent with a larger step leaves the interpolator.
-        mean_square_edge: The step size up to which E|r|^2 decays.
+        edge: 2/sharpness: gradient descent with a larger step leaves the interpolator. Infinite without curvature (X = 0).
+        mean_square_edge: The step size up to which E|r|^2 decays; likewise.
     """
 
     interpolator: Interpolator
@@ -103,6 +105,9 @@ def sharpness(X: Any, weight_square: Any) -> Tensor:
     Returns:
         () or (P,).
 
+    Raises:
+        ValueError: If a curvature is not finite.
+
     Reference:
         Derived here.
 
@@ -111,8 +116,15 @@ def sharpness(X: Any, weight_square: Any) -> Tensor:
         tensor(7., dtype=torch.float64)
     """
     X = as_float64(X)
-    K = (X * as_float64(weight_square, X)[..., None, :]) @ X.mT
-    return torch.linalg.eigvalsh(K)[..., -1] / X.shape[-2]
+    return torch.linalg.eigvalsh(_kernel(X, as_float64(weight_square, X)))[..., -1] / X.shape[-2]
+
+
+def _kernel(X: Tensor, weight_square: Tensor) -> Tensor:
+    """K = X diag(h) X^T."""
+    K = (X * weight_square[..., None, :]) @ X.mT
+    if not torch.isfinite(K).all():
+        raise ValueError("X diag(u^2 + v^2) X^T: X, beta and init must be finite, and small enough that it is")
+    return K
 
 
 def trace_flattest_interpolator(X: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -175,6 +187,7 @@ def flattest_interpolator(X: Any, y: Any, return_bound: bool = False) -> tuple[T
         (2.0, 2.0)
     """
     single, X, y, _ = as_problems(X, y)
+    X, y, x_unit, y_unit = in_units(X, y)
     n = X.shape[1]
     rows = Rows(X, y)
     start, _ = min_l2(X, y)
@@ -185,11 +198,11 @@ def flattest_interpolator(X: Any, y: Any, return_bound: bool = False) -> tuple[T
     beta = beta * unit
     beta = beta + (rows.A.mT @ (rows.c[..., None] - rows.A @ beta[..., None]))[..., 0]
     least = sharpness(X, 2 * beta.abs())
-    found = (beta, least)
+    found = (beta * (y_unit / x_unit)[:, None], least * x_unit * y_unit)
     if return_bound:
         weights = 2 * (X * (Z @ X)).sum(1) / n
         nearest, _ = min_l1(X, y, torch.where(weights > 0, weights, 1))
-        found = (*found, (weights * nearest.abs()).sum(-1))
+        found = (*found, (weights * nearest.abs()).sum(-1) * x_unit * y_unit)
     return tuple(value[0] for value in found) if single else found
 
 
@@ -291,7 +304,7 @@ def stability(interpolator: Interpolator, batch_size: int, sampling: str = "repl
     single, X, h = interpolator.stacked()
     n = X.shape[1]
     w = batch_weight(batch_size, n, sampling)
-    L, V = torch.linalg.eigh((X * h[:, None, :]) @ X.mT)
+    L, V = torch.linalg.eigh(_kernel(X, h))
     L = L.clamp(min=0)
     top = L[:, -1] / n
     step = max(1, _STACK // n**3)
@@ -306,7 +319,7 @@ def stability(interpolator: Interpolator, batch_size: int, sampling: str = "repl
 def _mean_square_edge(L: Tensor, V: Tensor, w: float) -> Tensor:
     """2/lambda_max(C^-1 D), (P,), from K = V diag(L) V^T (P, n, n)."""
     n = L.shape[-1]
-    unit = L[:, -1:].clamp(min=torch.finfo(L.dtype).tiny)
+    unit = torch.where(L[:, -1:] == 0, 1, L[:, -1:])
     L = L / unit
     total = L[:, :, None] + L[:, None, :]
     F = torch.where(total == 0, 0, L[:, :, None] * L[:, None, :] / torch.where(total == 0, 1, total))
@@ -321,13 +334,15 @@ def _mean_square_edge(L: Tensor, V: Tensor, w: float) -> Tensor:
     # reciprocal is nearly linear, so false positions (Illinois) find x in a few steps.
     diagonal = 2 * (1 - w) * F / n
     low = diagonal.amax((1, 2))
+    flat = (total == 0).all((1, 2))  # without curvature no step size is too large
     if w == 0:
         return 2 / (low * unit[:, 0])
     high = x = low + 2 * w * radius(F)
     f_low = -torch.ones_like(low)
     f_high = torch.full_like(low, torch.nan)
     for _ in range(60):
-        f = 1 / radius(2 * w * F / (x[:, None, None] - diagonal)) - 1
+        weights = torch.where(flat[:, None, None], 1, 2 * w * F / (x[:, None, None] - diagonal))
+        f = torch.where(flat, 0, 1 / radius(weights) - 1)
         if (f.abs() < 1e-13).all():
             break
         above = f > 0
@@ -390,7 +405,8 @@ def lyapunov(
         seed: Root of their random numbers.
 
     Returns:
-        The exponent a step and its standard error (over chains), of lr's shape, (P,) at least for a stack.
+        The exponent a step and its standard error (over chains), of lr's shape, (P,) at least for a stack. Where a step
+        takes all residuals to 0, or X is 0 and there are none, the exponent is minus infinity and has no error (NaN).
 
     Raises:
         ValueError: If shapes do not fit, or the batch size or sampling is not one.
@@ -415,8 +431,8 @@ def lyapunov(
     rates = rates.reshape(1, -1) if single else rates.reshape(len(X), -1)
     # K = a a^T. In r = a z the step is z - gamma/b sum a_i (a_i z): symmetric, and within the range of K also as rounded,
     # outside of which nothing would decay.
-    L, V = torch.linalg.eigh((X * h[:, None, :]) @ X.mT)
-    present = L > n * torch.finfo(L.dtype).eps * L[:, -1:]
+    L, V = torch.linalg.eigh(_kernel(X, h))
+    present = L > _FLAT * L[:, -1:]
     a = V * torch.where(present, L, 0).clamp(min=0).sqrt()[:, None, :]
     chains = torch.arange(num_chains, device=X.device)
     key = streams.keys(seed, "sampling", chains)
@@ -468,7 +484,8 @@ def almost_sure_edge(
         seed: See `lyapunov`.
 
     Returns:
-        The step size, () or (P,), and its standard error: the exponent's over its slope.
+        The step size, () or (P,), infinite where there is no curvature, and its standard error: the exponent's over its
+        slope.
 
     Raises:
         ValueError: As `lyapunov`.
@@ -484,6 +501,8 @@ def almost_sure_edge(
     below = stability(interpolator, batch_size, sampling).mean_square_edge
     single = below.ndim == 0
     below = torch.atleast_1d(below)
+    flat = below == torch.inf
+    below = torch.where(flat, 1, below)
     low, high = 0.99 * below, 2 * below
     grid = torch.linspace(0, 1, num_rates, dtype=below.dtype, device=below.device)
     num_left = 3  # searches once the zero lies between two rates, each narrowing the gap num_rates - 1 times
@@ -493,7 +512,8 @@ def almost_sure_edge(
             interpolator, rates[0] if single else rates, batch_size, sampling, num_steps, num_chains, seed
         )
         exponent, noise = exponent.reshape(rates.shape), noise.reshape(rates.shape)
-        passed = exponent >= 0
+        # Directions of next to no curvature have exponents of next to 0, below it but for rounding.
+        passed = exponent >= 1e-12
         enclosed = passed.any(-1)
         k = passed.long().argmax(-1, keepdim=True).clamp(min=1)
         (left, right), (f_left, f_right) = (
@@ -501,7 +521,9 @@ def almost_sure_edge(
         )
         slope = (f_right - f_left) / (right - left)
         edge, error = left - f_left / slope, noise.gather(-1, k)[:, 0] / slope
-        num_left -= int(enclosed.all())
+        edge = torch.where(flat, torch.inf, edge)
+        error = torch.where(flat, 0, error)
+        num_left -= int((enclosed | flat).all())
         if num_left == 0:
             break
         low, high = torch.where(enclosed, left, high), torch.where(enclosed, right, 2 * high)
