@@ -20,7 +20,7 @@ from dlnlab.figures.base import (
     remark,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 _MOST_KEYS, _FEWEST = 6, 4
 
@@ -114,7 +114,7 @@ class ScatterFigure(Figure):
             drawn = np.isfinite(y)
             low, high = (y[drawn].min(), y[drawn].max()) if drawn.any() else (0.1, 1.0)
             log_axis(panel.yaxis, low, high)
-            panel.set_ylabel(words(name, dataset))
+            panel.set_ylabel(wrapped(words(name, dataset)))
             if self.diagonal:
                 panel.axline((ends[0], ends[0]), (2 * ends[0], 2 * ends[0]), color=GREY, linewidth=0.7, zorder=1)
             of = np.full(len(y), "", dtype=object) if self.colour is None else table[self.colour]
