@@ -133,7 +133,7 @@ class ScatterFigure(Figure):
         """The text above a panel; empty where a seed has too few members, or colours are many."""
         if self.colour == "seed" or len(kinds) > _MOST_KEYS or "seed" not in table:
             return ""
-        texts = []
+        texts, counts = [], []
         for kind in kinds:
             found = []
             for seed in np.unique(table["seed"]):
@@ -144,6 +144,9 @@ class ScatterFigure(Figure):
                     found.append(np.corrcoef(ranks)[0, 1])
             if found:
                 label = "" if self.colour is None else f"{value_label(self.colour, kind, data)}: "
-                texts.append(f"{label}{np.median(found):.2f} ({len(found)} seeds)")
-        head = "rank correlation within each seed, median over seeds"
-        return f"{head}\n{'   '.join(texts)}" if texts else ""
+                texts.append(f"{label}{np.median(found):.2f}")
+                counts.append(len(found))
+        if not texts:
+            return ""
+        seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+        return f"rank correlation within a seed, median of {seeds} seeds\n{'   '.join(texts)}"
