@@ -20,7 +20,7 @@ from dlnlab.figures.base import (
     spread,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class AxisFigure(Figure):
@@ -99,7 +99,7 @@ class AxisFigure(Figure):
         seen = seen[np.isfinite(seen) & (seen > 0)]
         for panel, label in zip(axes, labels, strict=True):
             log_axis(panel.yaxis, seen.min(initial=1.0), seen.max(initial=1.0))
-            panel.set_ylabel(self._y_label(dataset))
+            panel.set_ylabel(wrapped(self._y_label(dataset)))
             panel.set_xlim(-0.3, len(ticks) - 0.7)
             panel.set_title(label, fontsize=SMALL_FONT_SIZE, pad=2)
             for name in self.quantities:
@@ -130,4 +130,4 @@ class AxisFigure(Figure):
         if len(self.quantities) == 1:
             of = words(self.quantities[0], data)
             return f"{of} / ({words(self.unit)})" if self.unit else of
-        return f"in units of\n{words(self.unit)}" if self.unit else ""
+        return f"in units of {words(self.unit)}" if self.unit else ""

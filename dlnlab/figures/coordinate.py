@@ -20,7 +20,7 @@ from dlnlab.figures.base import (
     remark,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class CoordinateFigure(Figure):
@@ -132,7 +132,7 @@ class CoordinateFigure(Figure):
                 known = coordinate in colour
                 axis.plot(part[self.x][line], part[self.variable][line], color=colour.get(coordinate, GREY),
                           linewidth=1.1 if known else 0.4, zorder=3 if known else 2)  # fmt: skip
-            axis.set_ylabel(self.labels.get(self.variable, words(self.variable, dataset)))
+            axis.set_ylabel(wrapped(self.labels.get(self.variable, words(self.variable, dataset))))
             axis.set_title(name, fontsize=SMALL_FONT_SIZE, loc="left", pad=2)
         x = table[self.x]
         if self.log_x:

@@ -20,7 +20,7 @@ from dlnlab.figures.base import (
     panels,
     remark,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class CoordinatePathsFigure(Figure):
@@ -125,7 +125,7 @@ class CoordinatePathsFigure(Figure):
                     for i, colour in zip(support, colours(len(support)), strict=True):
                         panel.plot(steps, values[:, i], color=colour, linewidth=0.8)
                 if column == 0:
-                    panel.set_ylabel(words(quantity, dataset))
+                    panel.set_ylabel(wrapped(words(quantity, dataset)))
             top = axes[column]
             end = str(last(data["status"]).values)
             top.set_title("\n".join([*cell.words.values(), end]), fontsize=SMALL_FONT_SIZE, pad=3)

@@ -26,7 +26,7 @@ from dlnlab.figures.base import (
     spread,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class CoordinatesFigure(Figure):
@@ -191,7 +191,7 @@ class CoordinatesFigure(Figure):
             panel.plot(x, columns[f"{quantity}_law"], color="black", linewidth=0.8, linestyle="--", zorder=4)
 
     def _scale_row(self, panel: Axes, quantity: str, found: list[dict[str, np.ndarray]]) -> None:
-        panel.set_ylabel(words(quantity))
+        panel.set_ylabel(wrapped(words(quantity)))
         names = (quantity, f"{quantity}_p10", f"{quantity}_p90", f"{quantity}_law")
         values = np.concatenate([columns[name] for columns in found for name in names if name in columns])
         means = np.concatenate([columns[quantity] for columns in found])

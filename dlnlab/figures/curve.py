@@ -28,6 +28,7 @@ from dlnlab.figures.base import (
     spread,
     value_label,
 )
+from dlnlab.figures.words import wrapped
 
 SHARES = ("converged", "diverged")
 """Quantities that are the share of seeds with this status."""
@@ -234,7 +235,7 @@ class CurveFigure(Figure):
             log_axis(panel.yaxis, max(low, high * 10.0**-_MOST_DECADES), high)
             ceiling = panel.get_ylim()[1]
         each = "\n".join(self._text(quantity, data) for quantity in quantities)
-        panel.set_ylabel(self.labels.get(", ".join(quantities), each))
+        panel.set_ylabel(wrapped(self.labels.get(", ".join(quantities), each)))
         shade = min(0.18, 0.5 / (len(lines) * len(quantities)))
         for (name, line), (quantity, style) in product(lines.items(), zip(quantities, _STYLES, strict=False)):
             if quantity not in line or np.isnan(line[quantity]).all():

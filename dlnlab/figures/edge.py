@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from dlnlab import checks
 from dlnlab.figures.base import GREY, Canvas, Figure, colours, legend, log_axis, panels, remark, value_label
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 _DASHES = (0, (4, 3))
 _EFFECTIVE = {
@@ -130,7 +130,7 @@ class EdgeFigure(Figure):
         losses = table["train_loss"][np.isfinite(table["train_loss"]) & (table["train_loss"] > 0)]
         log_axis(axes[0].yaxis, losses.min() if len(losses) else 0.1, losses.max() if len(losses) else 1.0)
         for panel, quantity in zip(axes, ("train_loss", *self.quantities), strict=True):
-            panel.set_ylabel(words(quantity, dataset))
+            panel.set_ylabel(wrapped(words(quantity, dataset)))
             if quantity.startswith("effective_"):
                 panel.axhline(2, color=GREY, linewidth=0.7, linestyle=_DASHES)
         axes[-1].set_xlabel(("1 + " if self.log_steps else "") + words("step"))

@@ -30,7 +30,7 @@ from dlnlab.figures.base import (
     spread,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class FinalValueFigure(Figure):
@@ -138,7 +138,7 @@ class FinalValueFigure(Figure):
                 if row == 0 and title:
                     panel.set_title(title, fontsize=SMALL_FONT_SIZE, pad=3)
             of = words(quantity, dataset)
-            beside[0].set_ylabel(f"{of} /\n({self._x_label(dataset)})" if self.over_x else of)
+            beside[0].set_ylabel(wrapped(f"{of} /\n({self._x_label(dataset)})" if self.over_x else of))
         positions = np.concatenate([columns[self._position] for _, columns in found])
         log_axis(axes[-1].xaxis, positions.min(), positions.max())
         figure.supxlabel(self._x_label(dataset), fontsize=FONT_SIZE)

@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from dlnlab.figures.base import FONT_SIZE, GREY, SMALL_FONT_SIZE, Canvas, Figure, axis_label, last, legend, panels
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class GridMapFigure(Figure):
@@ -100,7 +100,7 @@ class GridMapFigure(Figure):
             for axis, grid in ((panel.xaxis, x), (panel.yaxis, y)):
                 axis.set_major_formatter(FuncFormatter(_at(grid)))
                 axis.set_minor_formatter(NullFormatter())
-            panel.set_ylabel(axis_label(self.y, dataset))
+            panel.set_ylabel(wrapped(axis_label(self.y, dataset)))
             if len(names) > 1:
                 panel.set_title(self.labels.get(name, name.replace("_", " ")), fontsize=FONT_SIZE)
             bar = figure.colorbar(image, ax=panel)

@@ -26,6 +26,7 @@ from dlnlab.figures.base import (
     panels,
     remark,
 )
+from dlnlab.figures.words import wrapped
 
 _STATUS = {"running": "#9a9a9a", "diverged": "#e3e3e3"}
 _STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))
@@ -118,7 +119,7 @@ class MapFigure(Figure):
             bar.set_label(self._text(name, dataset), fontsize=FONT_SIZE)
             bar.ax.tick_params(labelsize=SMALL_FONT_SIZE, width=0.6, length=3)
             bar.outline.set_linewidth(0.6)
-            panel.set_ylabel(self._text(self.y, dataset))
+            panel.set_ylabel(wrapped(self._text(self.y, dataset)))
             _fit(panel.yaxis, y)
         _fit(axes[-1].xaxis, x)
         axes[-1].set_xlabel(self._text(self.x, dataset))

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from dlnlab import checks
 from dlnlab.figures.base import GREY, Canvas, Figure, axis_label, colours, finite, legend, panels, value_label
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 _MOST_KEYS = 8
 
@@ -112,7 +112,7 @@ class PlaneFigure(Figure):
             for kind in kinds:
                 chosen = (of == kind) & np.isfinite(table[name]) & np.isfinite(table[self.x])
                 self._draw_kind(panel, {key: column[chosen] for key, column in table.items()}, name, colour[kind])
-            panel.set_ylabel(self._text(name, dataset))
+            panel.set_ylabel(wrapped(self._text(name, dataset)))
             if name in self.levels:
                 panel.axhline(self.levels[name], color=GREY, linewidth=0.7, zorder=0.5)
             if name in self.limits:

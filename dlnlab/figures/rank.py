@@ -21,7 +21,7 @@ from dlnlab.figures.base import (
     spread,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 _FLOOR = 1e-12
 """Of a singular value beside the largest: below there is only rounding."""
@@ -131,7 +131,7 @@ class RankFigure(Figure):
         for name, panel in zip(errors, below, strict=True):
             drawn = table[name][np.isfinite(table[name]) & (table[name] > 0)]
             log_axis(panel.yaxis, np.quantile(drawn, 0.01), np.quantile(drawn, 0.99))
-            panel.set_ylabel(words(name, dataset))
+            panel.set_ylabel(wrapped(words(name, dataset)))
         if self.log_time:
             positive = table[self.x][table[self.x] > 0]
             log_axis(axes[-1].xaxis, positive.min(), positive.max())

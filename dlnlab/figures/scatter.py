@@ -20,7 +20,7 @@ from dlnlab.figures.base import (
     remark,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 _MOST_KEYS, _FEWEST = 6, 4
 
@@ -114,7 +114,7 @@ class ScatterFigure(Figure):
             drawn = np.isfinite(y)
             low, high = (y[drawn].min(), y[drawn].max()) if drawn.any() else (0.1, 1.0)
             log_axis(panel.yaxis, low, high)
-            panel.set_ylabel(words(name, dataset))
+            panel.set_ylabel(wrapped(words(name, dataset)))
             if self.diagonal:
                 panel.axline((ends[0], ends[0]), (2 * ends[0], 2 * ends[0]), color=GREY, linewidth=0.7, zorder=1)
             of = np.full(len(y), "", dtype=object) if self.colour is None else table[self.colour]
@@ -133,7 +133,7 @@ class ScatterFigure(Figure):
         """The text above a panel; empty where a seed has too few members, or colours are many."""
         if self.colour == "seed" or len(kinds) > _MOST_KEYS or "seed" not in table:
             return ""
-        texts = []
+        texts, counts = [], []
         for kind in kinds:
             found = []
             for seed in np.unique(table["seed"]):
@@ -144,6 +144,9 @@ class ScatterFigure(Figure):
                     found.append(np.corrcoef(ranks)[0, 1])
             if found:
                 label = "" if self.colour is None else f"{value_label(self.colour, kind, data)}: "
-                texts.append(f"{label}{np.median(found):.2f} ({len(found)} seeds)")
-        head = "rank correlation within each seed, median over seeds"
-        return f"{head}\n{'   '.join(texts)}" if texts else ""
+                texts.append(f"{label}{np.median(found):.2f}")
+                counts.append(len(found))
+        if not texts:
+            return ""
+        seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+        return f"rank correlation within a seed, median of {seeds} seeds\n{'   '.join(texts)}"

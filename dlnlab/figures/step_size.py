@@ -32,7 +32,7 @@ from dlnlab.figures.base import (
     quantiles,
     spread,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 DEFAULT_QUANTITIES = ("distance", "test_loss")
 LEVELS = ("gradient_flow", "min_l2")
@@ -240,7 +240,7 @@ def _draw_panel(
         label += f"\n(≤ 0 drawn at {power_of_ten(floor)})"
     highest = max(drawn.max(initial=0), floor)
     log_axis(panel.yaxis, floor, max(highest, min(tops.max(initial=0), 10 * highest)))
-    panel.set_ylabel(label)
+    panel.set_ylabel(wrapped(label))
     ceiling, shade = panel.get_ylim()[1], min(0.18, 0.6 / len(lines))
     for name, line in lines.items():
         low, high = (np.clip(line[f"{quantity}_{edge}"], floor, ceiling) for edge in ("p10", "p90"))

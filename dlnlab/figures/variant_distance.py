@@ -22,7 +22,7 @@ from dlnlab.figures.base import (
     spread,
     value_label,
 )
-from dlnlab.figures.words import words
+from dlnlab.figures.words import words, wrapped
 
 
 class VariantDistanceFigure(Figure):
@@ -124,7 +124,7 @@ class VariantDistanceFigure(Figure):
             handles.append(Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2, label=label))
         log_axis(panel.xaxis, table["lr"].min(), table["lr"].max())
         panel.set_xlabel(lr_label(dataset))
-        panel.set_ylabel(r"relative $\ell_2$ distance" + f"\nto the end of {words(self.variant)}")
+        panel.set_ylabel(wrapped(r"relative $\ell_2$ distance" + f"\nto the end of {words(self.variant)}"))
         if handles:
             handles.append(
                 Line2D([], [], color=GREY, linewidth=0.7, label="power of the first half decade, median of seeds")

@@ -92,7 +92,7 @@ WORDS = {
     "gamma_tilde_max_islands": r"islands above $\tilde\gamma_{\max}$",
     "gamma_LB": "step size in units of 1/(LB)",
     "flow_edge": "2/sharpness at the flow's end",
-    "flattest_edge": "2/sharpness of the flattest interpolator",
+    "flattest_edge": "2/sharpness, flattest interpolator",
     "mean_square_edge": "mean-square edge",
     "almost_sure_edge": "almost sure edge",
     # Rank.
@@ -160,3 +160,36 @@ def words(name: str, data: xr.Dataset | None = None) -> str:
         return WORDS[name]
     above, over, below = name.partition("_over_")
     return f"{words(above)} over {words(below)}" if over else re.sub("_+", " ", name).strip()
+
+
+def wrapped(text: str, width: int = 27) -> str:
+    """A label in lines that fit beside a panel.
+
+    Args:
+        text: The words, with TeX between dollar signs, which is not divided, and counts about as it is seen.
+        width: The characters a line has room for.
+
+    Returns:
+        The words with line breaks for spaces.
+
+    Example:
+        >>> print(wrapped("squared distance to the teacher"))
+        squared distance to the
+        teacher
+    """
+    if text.count("$") % 2:  # no TeX that could be told from the words
+        return text
+    return "\n".join(line for part in text.split("\n") for line in _lines(part, width))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    found, room = [""], 0
+    for word in re.findall(r"(?:\$[^$]*\$|[^ $])+", text):
+        seen = len(re.sub(r"\\[a-zA-Z]+|[$_^{}]", lambda part: "x" * part[0].startswith("\\"), word))
+        room -= seen + 1
+        if room < 0:
+            found.append(word)
+            room = width - seen
+        else:
+            found[-1] += f" {word}"
+    return found[1:] or [""]

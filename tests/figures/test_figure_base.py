@@ -11,7 +11,7 @@ import xarray as xr
 
 from dlnlab.figures import Figure
 from dlnlab.figures.base import COLUMN_WIDTH, colours, draw_levels, legend, log_axis, panels, quantiles, remark
-from dlnlab.figures.words import WORDS, words
+from dlnlab.figures.words import WORDS, words, wrapped
 from dlnlab.recorder import TAGS
 from dlnlab.results import UNITS, UNOBSERVED
 
@@ -137,6 +137,14 @@ def test_every_name_in_the_records_has_words_without_underscores_and_an_unknown_
         assert "_" not in re.sub(r"\$.*?\$", "", words(name)), name
     assert words("gamma_max_over_flow_edge") == r"$\gamma_{\max}$ over 2/sharpness at the flow's end"
     assert words("my_own_variable") == "my own variable"
+
+
+def test_a_label_is_divided_between_words_and_not_within_tex():
+    text = r"in units of $\max_i |x_i|^2 / \gamma_{\max}$ and\nof all that is longer than a line"
+    lines = wrapped(text, 20).split("\n")
+    assert " ".join(lines) == text.replace("\n", " ") and len(lines) == 4
+    assert all(line.count("$") % 2 == 0 for line in lines)
+    assert wrapped("one dollar $ in a label that is long") == "one dollar $ in a label that is long"
 
 
 def test_the_distance_is_called_what_it_measures():

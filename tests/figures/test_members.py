@@ -71,7 +71,7 @@ def test_a_scatter_leaves_out_what_has_diverged_or_not_settled_and_states_the_co
     assert (lr[1], 1.0) not in shown
     drawn = figure.draw(data)
     # Over all members x and y rise together, within a seed they do not.
-    assert drawn.axes[0].get_title() == "rank correlation within each seed, median over seeds\n-1.00 (5 seeds)"
+    assert drawn.axes[0].get_title() == "rank correlation within a seed, median of 5 seeds\n-1.00"
 
 
 def test_the_distance_to_a_variant_is_relative_and_its_power_is_a_median_over_seeds():
