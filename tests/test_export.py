@@ -88,7 +88,7 @@ def test_csv_gives_every_number_back_exactly(run, results, tmp_path):
     for row, (lr, size, seed, step) in zip(rows, keys, strict=True):
         expected = results.train_loss.sel(lr=lr, batch_size=size, seed=seed, step=step).item()
         np.testing.assert_equal(float(row["train_loss"] or "nan"), expected)
-    long = pandas.read_csv(paths[0])
+    long = pandas.read_csv(paths[0], float_precision="round_trip")
     assert len(long) == 8 * 5 * 5  # members, steps at which beta was recorded, coordinates
     np.testing.assert_array_equal(long.beta, results.beta.dropna("step", how="all").values.ravel())
 
