@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from dlnlab import callbacks, models, optim, theory
+from dlnlab.callbacks import Measurement
+from dlnlab.fitting import quiet
+from dlnlab.study import Study
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "theory.md").read_text()
@@ -63,6 +66,38 @@ def test_every_statement_has_a_label_and_a_test():
         assert len(cells) == 6, row
         assert re.search(r"stated|derived|recollected", cells[1]), row
         assert cells[5].startswith("`test_"), row
+
+
+def cells_of(row):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+RECORDED = {}
+"""Config -> the variables that the rows with this config name."""
+for _cells in map(cells_of, ROWS):
+    for _config in re.findall(r"`([a-z]+\d{4}/\w+)`", _cells[4]) if len(_cells) == 6 else ():
+        RECORDED.setdefault(_config, set()).update(re.findall(r"`([a-z]\w*)`", _cells[3]))
+
+
+@pytest.mark.parametrize("name", sorted(RECORDED))
+def test_a_config_records_what_the_rows_that_name_it_say(name):
+    with quiet():
+        words = [
+            "fit",
+            "--config",
+            str(ROOT / "configs" / f"{name}.yaml"),
+            "--trainer.accelerator=cpu",
+            "--ensemble.seed=1",
+        ]
+        study = Study(words, write=False)
+        study.check()
+    found = set()
+    for run in study.runs.values():
+        found |= set(run.recorder._variable_names())
+        for callback in run.trainer.callbacks:
+            if isinstance(callback, Measurement):
+                found |= set(callback.names(run.model))
+    assert RECORDED[name] <= found
 
 
 def test_the_papers_it_names_are_in_the_bibliography():

@@ -40,7 +40,7 @@ def next_eps(eps: Tensor, norm_squared: Tensor, lr: Tensor, target: Tensor) -> T
         (...).
 
     Reference:
-        Derived here.
+        beneventano2025, eqs. 6 to 8.
     """
     return eps * (1 - lr * norm_squared + lr * eps * (lr * (eps + target)))
 
@@ -58,7 +58,7 @@ def next_norm_squared(eps: Tensor, norm_squared: Tensor, lr: Tensor, target: Ten
         (...).
 
     Reference:
-        Derived here.
+        beneventano2025, eqs. 6 to 8.
     """
     return (1 + (lr * eps) ** 2) * norm_squared - 4 * lr * eps * (eps + target)
 
@@ -74,7 +74,7 @@ def imbalance_factor(eps: Tensor, lr: Tensor) -> Tensor:
         (...).
 
     Reference:
-        Derived here.
+        beneventano2025, eqs. 6 to 8.
     """
     return 1 - (lr * eps) ** 2
 

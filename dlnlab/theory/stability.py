@@ -194,7 +194,11 @@ def flattest_interpolator(X: Any, y: Any, return_bound: bool = False) -> tuple[T
     unit = torch.where(y.abs().amax(-1) == 0, 1, start.abs().amax(-1))[:, None]
     size = torch.linalg.matrix_norm(X)
     scaled = X / torch.where(size == 0, 1, size)[:, None, None]
-    beta, Z = _least_sharpness(scaled, rows.A, rows.keep, start / unit)
+    beta = torch.zeros_like(start)
+    Z = torch.eye(n, dtype=X.dtype, device=X.device).repeat(len(X), 1, 1) / n
+    posed = (y != 0).any(-1)  # else the answer is 0, which no barrier reaches
+    if posed.any():
+        beta[posed], Z[posed] = _least_sharpness(scaled[posed], rows.A[posed], rows.keep[posed], (start / unit)[posed])
     beta = beta * unit
     beta = beta + (rows.A.mT @ (rows.c[..., None] - rows.A @ beta[..., None]))[..., 0]
     least = sharpness(X, 2 * beta.abs())
