@@ -273,9 +273,22 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (10**first, 10**last)})
     axis.set_major_locator(LogTicks())
     axis.set_minor_locator(NullLocator() if last - first > 7 else LogLocator(subs=range(2, 10), numticks=99))
-    plain = first > -3 and last < 3
-    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}" if plain else power_of_ten(number)))
+    axis.set_major_formatter(log_format(first, last))
     axis.set_minor_formatter(NullFormatter())
+
+
+def log_format(first: float, last: float) -> FuncFormatter:
+    """Labels of a logarithmic axis: numbers, or where it goes far from 1 their powers of ten.
+
+    Args:
+        first: The logarithm to base 10 of its lower end.
+        last: That of its upper end.
+
+    Returns:
+        The formatter.
+    """
+    plain = first > -3 and last < 3
+    return FuncFormatter(lambda number, _: f"{number:g}" if plain else power_of_ten(number))
 
 
 class LogTicks(Locator):

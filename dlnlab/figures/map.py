@@ -22,6 +22,7 @@ from dlnlab.figures.base import (
     last,
     legend,
     log_axis,
+    log_format,
     members_only,
     panels,
     remark,
@@ -114,8 +115,10 @@ class MapFigure(Figure):
             values = grid[name].values
             mesh = panel.pcolormesh(x, y, values, cmap="viridis", norm=self._norm(name, values), rasterized=True)
             self._draw_lines(panel, grid)
-            ticks = LogTicks() if isinstance(mesh.norm, LogNorm) else None
-            bar = figure.colorbar(mesh, ax=panel, pad=0.02, fraction=0.06, ticks=ticks)
+            ticks: dict[str, Any] = {}
+            if isinstance(mesh.norm, LogNorm):
+                ticks = {"ticks": LogTicks(), "format": log_format(*np.log10([mesh.norm.vmin, mesh.norm.vmax]))}
+            bar = figure.colorbar(mesh, ax=panel, pad=0.02, fraction=0.06, **ticks)
             bar.set_label(self._text(name, dataset), fontsize=FONT_SIZE)
             bar.ax.tick_params(labelsize=SMALL_FONT_SIZE, width=0.6, length=3)
             bar.outline.set_linewidth(0.6)

@@ -53,6 +53,16 @@ def test_a_map_has_a_colour_for_every_cell_a_key_for_every_line_and_what_has_not
     assert np.ma.count(drawn) == 3 + 1
 
 
+def test_the_colours_of_a_map_have_at_least_two_labelled_ticks(grid):
+    grid["train_loss"] = grid.train_loss * 0 + np.linspace(20, 300, grid.train_loss.size).reshape(grid.train_loss.shape)
+    figure = MapFigure().draw(grid)
+    figure.draw_without_rendering()
+    bar = figure.axes[1].yaxis
+    first, last = bar.get_view_interval()
+    texts = [tick.label2.get_text() for tick in bar.get_major_ticks() if first <= tick.get_loc() <= last]
+    assert len(texts) > 1 and all(texts)
+
+
 def test_a_map_without_anything_converged_is_drawn(grid, tmp_path):
     grid["status"][...] = "diverged"
     assert len(MapFigure(quantities=["train_loss", "edge"], linear=["edge"]).save(grid, tmp_path)) == 3
