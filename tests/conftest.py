@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from lightning.pytorch import Trainer
 
 torch.set_num_threads(1)
+# A suite that a shell has started in the background ignores Ctrl-C, and so would every fit that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 settings.register_profile(

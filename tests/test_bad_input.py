@@ -367,7 +367,7 @@ case(
 )
 case("init-from-superscript", ["init_from = run@²", "a step is a whole number"], {}, "--init_from", "run@²")
 case("checkpoint-file-outside", "trainer.callbacks: ModelCheckpoint.filename = '../x': must be a name in the folder",
-     callback("lightning.pytorch.callbacks.ModelCheckpoint", filename="../x"))  # fmt: skip
+     callback("lightning.pytorch.callbacks.ModelCheckpoint", filename="../x", every_n_train_steps=5))  # fmt: skip
 
 # Records, the guard, measurements, figures ----------------------------------------------------------------------------
 

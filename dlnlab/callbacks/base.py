@@ -204,10 +204,14 @@ class Measurement(Callback):
         arguments = json.dumps(self.arguments(), default=lambda value: getattr(value, "__name__", type(value).__name__))
         return type(self).__qualname__ + (arguments if arguments != "{}" else "")
 
+    def defining(self, name: str) -> dict[str, Any]:
+        """The arguments that decide what the variable `name` is: all but the schedule."""
+        return {argument: value for argument, value in self.arguments().items() if argument not in self._given}
+
     def refuse_to_share(self, name: str, other: "Measurement") -> None:
-        """Raise ValueError where another measurement records the same variable and is not the same but for its schedule."""
-        mine, its = ({k: v for k, v in each.arguments().items() if k not in each._given} for each in (self, other))
-        if other is not self and (type(self) is not type(other) or not _alike(mine, its)):
+        """Raise ValueError where another measurement records a variable of the same name that is not the same."""
+        mine = self.defining(name)
+        if other is not self and (type(self) is not type(other) or not _alike(mine, other.defining(name))):
             raise ValueError(
                 f"{name} is recorded already, by {type(self).__name__} with {mine or 'its defaults'}: two measurements "
                 "cannot record one variable; leave one out, or measure it in a variant"

@@ -172,6 +172,13 @@ class Sharpness(Measurement):
         known = self.which != "smallest" and self.operator != "gauss_newton"
         return (*own, "effective_sharpness") if known else own
 
+    def defining(self, name: str) -> dict[str, Any]:
+        """As `Measurement.defining`; an optimizer's edge is of one operator, whichever measurement asks for it."""
+        found = super().defining(name)
+        if name == "effective_sharpness":
+            found.pop("operator", None)
+        return found
+
     def _value_names(self) -> list[str]:
         places = ["", *(f"_{place}" for place in range(2, self.k + 1))]
         top, bottom = ([f"{_PREFIX[self.operator]}{end}{place}" for place in places]

@@ -83,7 +83,7 @@ def test_a_figure_is_as_wide_as_a_column_and_fine_enough_to_print():
     assert figure.get_size_inches()[0] == COLUMN_WIDTH and figure.dpi >= 150 and len(axes) == 2
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "two words"])
+@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "a:b"])
 def test_a_name_must_be_a_plain_file_name(name):
     with pytest.raises(ValueError, match="must be a file name"):
         CubesByRank(name=name)

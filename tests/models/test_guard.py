@@ -211,7 +211,9 @@ class Looks(Measurement):
 
 def test_a_measurement_at_the_end_alone_leaves_no_trace_in_a_fit_that_goes_on(fit, tmp_path):
     def train(steps, **options):
-        callbacks = [Looks(every_n_steps=20), RunCheckpoint(dirpath=tmp_path)]
+        checkpoint = RunCheckpoint()
+        checkpoint.dirpath = str(tmp_path)
+        callbacks = [Looks(every_n_steps=20), checkpoint]
         _, records, _ = WAYS["closed form"].train(fit, steps, callbacks=callbacks, enable_checkpointing=True, **options)
         return records.looks.isel(lr=0, step=-1).item()
 

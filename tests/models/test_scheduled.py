@@ -320,7 +320,7 @@ def schedules_of(**quantities):
     [
         ({"schedule": "own"}, "schedule = 'own': must be one of constant"),
         ({"schedules": [1]}, r"schedules = \[1\]: must be a mapping"),
-        ({"schedules": {"constant": {"lr": Cosine()}}}, "schedules.constant: a schedule's name is a text, and 'constant'"),
+        ({"schedules": {"constant": {"lr": Cosine()}}}, "schedules.constant: 'constant' is what a member without"),
         ({"schedules": {"own": Cosine()}}, "schedules.own = .*: must be a mapping of lr, weight_decay, batch_size"),
         (schedules_of(momentum=Cosine()), "schedules.own.momentum: there is no such key; there are lr, weight"),
         (schedules_of(lr=0.1), "schedules.own.lr = 0.1: must be a StepSchedule"),
