@@ -226,8 +226,7 @@ def read_segment(path: Path) -> dict[str, np.ndarray]:
     """The arrays of one segment, checked; no pickle is ever run.
 
     Raises:
-        DamagedFileError: If the segment is not as it was written.
-        ResultError: If it holds anything but plain arrays.
+        DamagedFileError: If the segment is not as it was written, or holds anything but plain arrays.
     """
     return _arrays(path, read_verified(path))
 
@@ -237,7 +236,9 @@ def _arrays(path: Path, content: bytes) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return dict(archive)
     except Exception:  # what NumPy and zipfile raise for a foreign archive differs from version to version
-        raise DamagedFileError(f"{path} is damaged: it is no archive of plain arrays") from None
+        raise DamagedFileError(
+            f"{path} is damaged: it is no archive of plain arrays, and is never loaded as anything else"
+        ) from None
 
 
 def load_results(run: str | Path) -> xr.Dataset:

@@ -66,7 +66,7 @@ def test_a_pickle_with_a_right_checksum_is_run_neither_as_results_nor_as_a_check
     segment, checkpoint = results / "part-000000.npz", tmp_path / "a.ckpt"
     for path in (segment, checkpoint):
         write_atomic(path, buffer.getvalue(), checksum=True)
-    with pytest.raises(ResultError, match="never loaded") as of_results:
+    with pytest.raises(ResultError, match=r"never loaded|no segment") as of_results:
         load_results(tmp_path / "run")
     with pytest.raises(CheckpointError, match="never loaded") as of_checkpoint:
         AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=False)

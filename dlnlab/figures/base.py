@@ -295,8 +295,8 @@ class LogTicks(Locator):
     """Ticks of a logarithmic axis: powers of ten, or numbers 1, 2, 5 of each decade, or round numbers; two at least.
 
     Example:
-        >>> LogTicks().tick_values(1.2, 3.4).tolist()
-        [1.5, 2.0, 2.5, 3.0]
+        >>> LogTicks().tick_values(1.2, 25).tolist()
+        [2.0, 5.0, 10.0, 20.0]
     """
 
     def __call__(self) -> np.ndarray:
