@@ -209,9 +209,9 @@ def test_an_optimizer_saved_and_loaded_takes_the_same_next_step(optimizer):
 
 def test_the_packages_rooms_import_downwards_only():
     order = (
-        "checks strict_yaml curvature streams theory files run_directory schedule ensemble config kernels event_files optim "
-        "arrays delimited tables data metrics models results export checkpoint start recorder callbacks figures messages "
-        "fitting study interactive cli"
+        "checks strict_yaml curvature streams theory files run_directory schedule ensemble config kernels event_files "
+        "optim arrays delimited tables data metrics models results export checkpoint start recorder callbacks figures "
+        "messages fitting study interactive cli"
     ).split()
     package = Path(dlnlab.__file__).parent
     for file in package.rglob("*.py"):
