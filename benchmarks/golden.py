@@ -6,7 +6,7 @@
 `write` trains each config (all by default) for a few steps with two seeds and stores one hash for every results array,
 figure table and TensorBoard tag. `compare` does the same with the present code and names each hash that differs. The
 hashes belong to one machine and one set of library versions, because sums may be ordered differently elsewhere: write
-them with the old code, then compare on the same machine. Wall times in event files are left out.
+them with the old code, then compare on the same machine. Wall times are left out.
 """
 
 import argparse
@@ -67,6 +67,8 @@ def _of_folder(folder: Path, run: Path) -> Iterator[tuple[str, str]]:
         reader.Reload()
         where = events.parent.relative_to(folder).as_posix()
         for tag in reader.Tags()["scalars"]:
+            if tag.endswith("/seconds"):
+                continue
             content = [(event.step, event.value) for event in reader.Scalars(tag)]
             yield f"{prefix}: {where} {tag}", hashlib.sha256(repr(content).encode()).hexdigest()[:16]
         for tag in reader.Tags()["tensors"]:

@@ -106,8 +106,8 @@ def _no_header(header: dict[str, Any]) -> str | None:
         if (
             name in (*axes, "step")
             or not isinstance(of, list)
-            or set(map(type, of)) != {str}
-            or not _are_labels(values)
+            or not set(map(type, of)) <= {str}
+            or not _are_labels(values if of else [values])  # a number of the whole run lies along no axis
         ):
             return f"coordinates.{name} must be its axes and as many numbers or texts"
     return None

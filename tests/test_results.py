@@ -18,7 +18,11 @@ from dlnlab.files import write_atomic
 from dlnlab.results import ResultError, load_results
 
 AXES = {"lr": [0.1, 0.2], "schedule": ["a", "b"], "seed": [0, 1, 2]}
-COORDINATES = {"step_number": ("lr", [1, 2])}
+COORDINATES = {
+    "step_number": ("lr", [1, 2]),
+    "source_weight_decay": ([], 0.5),
+    "source_sampling": (["lr", "schedule"], [["subset", "epochs"], ["epochs", "subset"]]),
+}
 ATTRIBUTES = {"config": "name: x", "path": "closed form", "lr_unit": "one"}
 
 
@@ -36,7 +40,7 @@ def write_run(folder, axes=AXES, segments=4, shift=0.0):
             "spectrum": (steps[:1], np.ones((1, members, 3))),
             "status": (steps, np.zeros((2, members), dtype=np.int8)),
         }
-        constants = {"stopped_at": np.full(members, -1)}
+        constants = {"stopped_at": np.full(members, -1), "diverged_by": np.full(members, "")}
         place = results.follows(axes, before)
         before = results.chain(
             before, results.write_segment(folder, number, series, constants, {"spectrum": ["index"]}, place)
@@ -53,6 +57,8 @@ def test_a_whole_run_is_read(tmp_path):
     assert dict(found.sizes) == {"lr": 2, "schedule": 2, "seed": 3, "step": 8, "coordinate": 5, "index": 3}
     assert found.spectrum.isel(step=1).isnull().all()
     assert set(found.status.values.ravel()) == {"running"}
+    assert found.source_weight_decay.dims == () and found.source_weight_decay == 0.5
+    assert found.source_sampling.sel(lr=0.2, schedule="a") == "epochs"
 
 
 @pytest.mark.parametrize(
