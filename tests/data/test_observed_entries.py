@@ -16,7 +16,7 @@ def csv(tmp_path, rows=ROWS, header="who,what,stars"):
     return str(path)
 
 
-def setup(path, **kwargs):
+def prepared(path, **kwargs):
     data = ObservedEntries(path, **{"standardize": False, "test_fraction": 0.0, **kwargs})
     data.setup()
     return data
@@ -34,14 +34,14 @@ def test_a_csv_a_parquet_and_an_archive_hold_the_same_entries(tmp_path):
     pandas.DataFrame(dict(zip(("who", "what", "stars"), columns, strict=True))).to_parquet(tmp_path / "r.parquet")
     np.savez(tmp_path / "r.npz", who=columns[0], what=columns[1], stars=columns[2])
     for path in (csv(tmp_path), str(tmp_path / "r.parquet"), str(tmp_path / "r.npz")):
-        data = setup(path)
+        data = prepared(path)
         assert data.problems.matrix_shape == (3, 3)
         assert data.row_names == ["ann", "bob", "eve"]
         assert entries(data) == set(ROWS)
 
 
 def test_columns_are_chosen_by_name(tmp_path):
-    data = setup(csv(tmp_path), row="what", column="who", value="stars")
+    data = prepared(csv(tmp_path), row="what", column="who", value="stars")
     assert entries(data) == {(b, a, value) for a, b, value in ROWS}
 
 
@@ -61,7 +61,7 @@ def test_three_columns_are_meant_by_name_or_because_there_are_no_others(tmp_path
             for place, cell in zip(places, row, strict=True):
                 line[place] = str(cell)
         path.write_text("\n".join([header, *map(",".join, lines)]))
-        assert entries(setup(str(path), **keys)) == set(ROWS)
+        assert entries(prepared(str(path), **keys)) == set(ROWS)
 
 
 WHOLE = np.round(np.random.default_rng(0).normal(size=(4, 5)), 3)
@@ -90,13 +90,13 @@ def test_a_whole_matrix_is_not_taken_for_entries(tmp_path, matrix, message, suff
         np.savez(path, **columns)
         message = message.split(" .* none of")[0]
     with pytest.raises(ValueError, match=message):
-        setup(str(path))
+        prepared(str(path))
 
 
 def test_names_are_compared_as_they_are_written(tmp_path):
     path = tmp_path / "ratings.dat"
     path.write_text("007::x::1\n7::x::2\n12345678901234567890::x::3\n12345678901234567891::y::4\n")
-    assert setup(str(path), header=False).row_names == ["007", "7", "12345678901234567890", "12345678901234567891"]
+    assert prepared(str(path), header=False).row_names == ["007", "7", "12345678901234567890", "12345678901234567891"]
 
 
 def test_each_seed_has_its_own_test_entries_and_units_come_from_the_training_entries(tmp_path):
@@ -130,20 +130,20 @@ def test_each_seed_has_its_own_test_entries_and_units_come_from_the_training_ent
 )
 def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        setup(csv(tmp_path, [*ROWS, row]))
+        prepared(csv(tmp_path, [*ROWS, row]))
 
 
 def test_a_missing_file_column_or_too_few_entries_are_refused(tmp_path):
     with pytest.raises(OSError, match="no such file"):
-        setup(str(tmp_path / "none.csv"))
+        prepared(str(tmp_path / "none.csv"))
     with pytest.raises(ValueError, match='has no column "rating"; it has who, what, stars'):
-        setup(csv(tmp_path), value="rating")
+        prepared(csv(tmp_path), value="rating")
     with pytest.raises(ValueError, match="must be three columns"):
-        setup(csv(tmp_path), column="who")
+        prepared(csv(tmp_path), column="who")
     with pytest.raises(ValueError, match="at least 2 left to train on"):
-        setup(csv(tmp_path), test_fraction=0.9)
+        prepared(csv(tmp_path), test_fraction=0.9)
     with pytest.raises(ValueError, match='column "stars": must vary'):
-        setup(csv(tmp_path, [(*row[:2], 3.0) for row in ROWS]), standardize=True)
+        prepared(csv(tmp_path, [(*row[:2], 3.0) for row in ROWS]), standardize=True)
 
 
 def test_the_wine_table_is_read_without_a_file():
