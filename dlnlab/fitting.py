@@ -330,13 +330,6 @@ class Run(LightningCLI):
             self.recorder.prepare(trainer, model)
         measured: dict[str, Measurement] = {}
         for callback in trainer.callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                name, kind = PurePath(callback.filename or ""), type(callback).__name__
-                if name.is_absolute() or ".." in name.parts:
-                    raise ValueError(
-                        f"trainer.callbacks: {kind}.filename = {str(name)!r}: must be a name in the folder of checkpoints; "
-                        "give another folder as dirpath"
-                    )
             if isinstance(callback, Measurement):
                 with about("trainer.callbacks", type(callback)):
                     callback.prepare(trainer, model)
@@ -358,6 +351,12 @@ class Run(LightningCLI):
         """Refuse what Lightning's callbacks could not do in a run of ours, before it is made."""
         kind, trainer = f"trainer.callbacks: {type(callback).__name__}", self.trainer
         if isinstance(callback, ModelCheckpoint):
+            name = PurePath(callback.filename or "")
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(
+                    f"{kind}.filename = {str(name)!r}: must be a name in the folder of checkpoints; give another folder as "
+                    "dirpath"
+                )
             _refuse_remote(f"{kind}.dirpath", callback.dirpath)
             if callback.dirpath is None and not isinstance(callback, RunCheckpoint):
                 if callback.save_last and callback.save_weights_only:
@@ -425,8 +424,10 @@ class Run(LightningCLI):
 
     def _is_recorded(self, given: str, recorded: str | None) -> bool:
         """Whether a source is the one that a run has started from, under this name or, moved, under another."""
-        if recorded is None or given in (recorded, recorded.rpartition("@")[0]):
-            return recorded is not None
+        if recorded is None:
+            return False
+        if given in (recorded, recorded.rpartition("@")[0]):
+            return True
         try:
             start = Start.read(given)
         except CheckpointError:

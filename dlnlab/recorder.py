@@ -176,9 +176,7 @@ class Recorder(Callback):
         self._event_files: dict[str, EventFile] = {}
         self._cells: list[str] = []  # the runs of the cells
         self._members = np.zeros((0, 0), dtype=int)  # (cells, seeds)
-        self._schedules: defaultdict[str, list[Schedule]] = defaultdict(
-            list
-        )  # of variables with schedules of their own
+        self._schedules: defaultdict[str, list[Schedule]] = defaultdict(list)  # of variables that have their own
         self._unshown: dict[str, tuple[int, np.ndarray]] = {}  # the last record of a curve that TensorBoard has not
         self._shown_until = np.inf  # it is shown no moment from this step on: they may be recorded again
         self._invariants: tuple[str, ...] = ()
