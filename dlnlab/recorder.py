@@ -5,7 +5,6 @@ import json
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -249,23 +248,22 @@ class Recorder(Callback):
             trainer: The fit's trainer; every measurement is prepared.
             measured: The variables that measurements record, and when.
         """
-        for callback in trainer.callbacks:
-            for metric in metrics_of(callback):
-                name, kind = self._variable_of(metric, measured), f"trainer.callbacks: {type(callback).__name__}"
-                if name is None:
-                    known = ", ".join((*self._curves(), *measured))
-                    raise ValueError(
-                        f"{kind} reads the metric {metric!r}: there is no such variable; there are {known}"
-                    )
-                if name in self.names:
-                    continue
-                schedule, period = measured[name], reads_at(callback)
-                last = trainer.max_steps if trainer.max_steps > 0 else checks.LARGEST
-                if not schedule.meets(period, last, always=metric != callback.monitor):
-                    raise ValueError(
-                        f"{kind} reads the metric {metric!r} at multiples of {period} steps, where it is not measured: "
-                        "give its measurement another schedule"
-                    )
+        wanted = [(callback, metric) for callback in trainer.callbacks for metric in metrics_of(callback)]
+        known = (*self._curves(), *measured) if wanted else ()
+        for callback, metric in wanted:
+            kind = f"trainer.callbacks: {type(callback).__name__} reads the metric {metric!r}"
+            name = next((name for name in known if metric in (name, _tag(name))), None)
+            if name is None:
+                raise ValueError(f"{kind}: there is no such variable; there are {', '.join(known)}")
+            if name in self.names:
+                continue
+            schedule, period = measured[name], reads_at(callback)
+            last = trainer.max_steps if trainer.max_steps > 0 else checks.LARGEST
+            if not schedule.meets(period, last, always=metric != callback.monitor):
+                raise ValueError(
+                    f"{kind} at multiples of {period} steps, where it is not measured: give its measurement another "
+                    "schedule"
+                )
         self._metrics_checked = True
 
     def _curves(self) -> tuple[str, ...]:
@@ -275,9 +273,6 @@ class Recorder(Callback):
         variables = self._module.variables()
         with torch.no_grad():
             return tuple(name for name in self.names if variables[name]().ndim == 1)
-
-    def _variable_of(self, metric: str, measured: Iterable[str]) -> str | None:
-        return next((name for name in (*self._curves(), *measured) if metric in (name, _tag(name))), None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare, where `prepare` was not called before."""
